@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned versions.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-bench clean
+
+demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
+	$(RUN) -m benchmarks.demo
+
+test: $(READY) lint  ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu and not hunt"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+hunt: $(READY)  ## thousands of random problems
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --hypothesis-profile=hunt -m "not gpu" tests/test_accuracy.py
+
+bench: $(READY)  ## the CPU goals, against plain PyTorch
+	$(RUN) -m benchmarks.run --group cpu
+
+denoise-bench: $(READY)  ## the photograph, against scikit-image
+	$(RUN) -m benchmarks.denoise
+
+# On a machine with a GPU, with the Python that has its torch: make gpu-test PYTHON=python3
+gpu-test:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+gpu-bench:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.run --group design --warm-up 16 --out benchmarks/results/h200.json
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

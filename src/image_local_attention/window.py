@@ -58,6 +58,16 @@ class Window:
         """Whether keys outside the map do not take part."""
         return self.border == "mask"
 
+    @property
+    def lead(self) -> int:
+        """Columns by which a window begins left of its query."""
+        return -Axis(self.kernel[1], 1).start(0)
+
+    @property
+    def query_lead(self) -> int:
+        """Columns by which the queries that see a key begin left of it."""
+        return -Axis(self.kernel[1], 1).first_query(0)
+
     def axes(self, size: tuple[int, int]) -> tuple[Axis, Axis]:
         """The window's y and x axis over a map of `size` (height, width)."""
         return Axis(self.kernel[0], size[0]), Axis(self.kernel[1], size[1])

@@ -1,0 +1,62 @@
+"""How a kernel reads a map: through a tensor descriptor where strides allow it, else through pointers."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .gpu import padded
+
+_ALIGNMENT = 16  # bytes, of a descriptor's base and strides and of where a copy begins
+_SECTOR = 32  # bytes that memory moves at once
+
+# The order of axes that a descriptor sees, the innermost last, out of (batch, head, y, x, channel).
+_ORDERS = {"rows": (0, 2, 3, 1, 4), "planes": (0, 1, 4, 2, 3)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a kernel is handed for a map [B, heads, H, W, D]: `handle`, `strides`, and the `way` to read it.
+
+    "rows" and "planes" are descriptors with channels or columns innermost, "columns" are pointers to columns that
+    lie side by side and blocks that begin on whole vectors, "pointer" is the way that takes any strides.
+    """
+
+    handle: Tensor | TensorDescriptor
+    strides: tuple[int, ...]
+    way: str
+
+
+def layout(x: Tensor) -> str:
+    """Which way's descriptor the map's strides and address allow, "rows" or "planes", else "pointer"."""
+    return next((way for way, order in _ORDERS.items() if _descriptor_strides(x, order) is not None), "pointer")
+
+
+def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
+    """The source of a map for blocks of (rows, columns) pixels."""
+    if way not in _ORDERS:
+        return Source(x, x.stride(), way)
+    order = _ORDERS[way]
+    shape = [x.shape[axis] for axis in order]
+    box = [(1, 1, *block, padded(x.shape[4]))[axis] for axis in order]
+    return Source(TensorDescriptor(x, shape, _descriptor_strides(x, order), box), x.stride(), way)
+
+
+def column_step(x: Tensor, way: str, tile_width: int) -> int:
+    """Pixels of which a block's first column must be a multiple: whole vectors, whole sectors for wide tiles."""
+    if way not in ("planes", "columns"):
+        return 1
+    return max(_ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
+
+
+def _descriptor_strides(x: Tensor, order: tuple[int, ...]) -> list[int] | None:
+    """Strides in the given order if a descriptor takes them: innermost 1, all others multiples of 16 bytes."""
+    step = _ALIGNMENT // x.element_size()
+    # The stride of an axis of size 1 is never used, whatever torch says it is.
+    outer = [x.stride(axis) if x.shape[axis] > 1 else step for axis in order[:-1]]
+    inner = order[-1]
+    if x.stride(inner) != 1 and x.shape[inner] > 1:
+        return None
+    if x.data_ptr() % _ALIGNMENT or any(stride % step or stride <= 0 for stride in outer):
+        return None
+    return outer + [1]

@@ -1,0 +1,167 @@
+"""Primitives of every kernel: which tile, which keys, loads and stores, matrix products.
+
+Prefixes: `i_` index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; UPPER is known when a kernel
+is compiled. A tile is `TH x TW` stationary pixels, flattened to M = TH*TW; a block is `ROWS x COLS` streamed
+pixels, flattened to N = ROWS*COLS. Strides come as tuples (batch, head, y, x, channel) in elements.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the raw bits of bf16, so its products are taken in fp32.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+VECTOR_BYTES = tl.constexpr(16)  # of the widest load
+
+# Finite, so that a difference of two is no NaN; its power of two is 0 beside any real logit.
+NEVER = tl.constexpr(-1.0e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def program_tile(H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr):
+    """Batch, head and first row and column of this program's tile; heads go fastest, for they share cache lines.
+
+    The first column of tiles begins SHIFT pixels left of the map.
+    """
+    i = tl.program_id(0)
+    i_h = i % heads
+    i_tile = i // heads
+    tiles_x = tl.cdiv(W + SHIFT, TW)
+    tiles = tl.cdiv(H, TH) * tiles_x
+    i_b = i_tile // tiles
+    i_tile = i_tile % tiles
+    return i_b, i_h, (i_tile // tiles_x) * TH, (i_tile % tiles_x) * TW - SHIFT
+
+
+@triton.jit
+def pixels(y0, x0, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns [ROWS*COLS] of the pixels of a block."""
+    o = tl.arange(0, ROWS * COLS)
+    return y0 + o // COLS, x0 + o % COLS
+
+
+@triton.constexpr_function
+def blocks(tile, kernel, step):
+    """Blocks of `step` pixels that cover the halo of a tile on one axis."""
+    return (tile + kernel - 2) // step + 1
+
+
+@triton.jit
+def inside(o_y, o_x, H, W):
+    return (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W)
+
+
+@triton.jit
+def window_start(o_q, KERNEL: tl.constexpr):
+    """First key that queries see on one axis: the twin of `window.Axis.start`."""
+    return o_q - KERNEL // 2
+
+
+@triton.jit
+def first_query(o_k, KERNEL: tl.constexpr):
+    """First query that sees a key on one axis: the twin of `window.Axis.first_query`."""
+    return o_k - (KERNEL - 1) + KERNEL // 2
+
+
+@triton.jit
+def window_span(o_q, size, KERNEL: tl.constexpr, MASKED: tl.constexpr):
+    """First key that takes part and how many do, on one axis. Where the border is masked, only those in the map."""
+    o_first = window_start(o_q, KERNEL)
+    o_end = o_first + KERNEL
+    if MASKED:
+        o_first, o_end = tl.maximum(o_first, 0), tl.minimum(o_end, size)
+    return o_first, o_end - o_first
+
+
+@triton.jit
+def within(o_k, o_first, count):
+    """Whether first <= k < first + count, in one comparison: a negative difference wraps around."""
+    return (o_k - o_first).to(tl.uint32) < count.to(tl.uint32)
+
+
+@triton.jit
+def pixel_offsets(o_y, o_x, strides, WIDE: tl.constexpr):
+    """Offsets of pixels within one head of one image; 64-bit where these may pass 2**31."""
+    if WIDE:
+        o_y, o_x = o_y.to(tl.int64), o_x.to(tl.int64)
+    return o_y * strides[2] + o_x * strides[3]
+
+
+@triton.jit
+def channel_offsets(D: tl.constexpr, strides, WIDE: tl.constexpr):
+    o_d = tl.arange(0, D)
+    if WIDE:
+        o_d = o_d.to(tl.int64)
+    return o_d * strides[4]
+
+
+@triton.jit
+def head_start(ptr, i_b, i_h, strides):
+    return ptr + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def load_block(
+    src, strides, i_b, i_h, y0, x0, H, W,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    WAY: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS*COLS, DP] pixels of a map from (y0, x0) on; zeros outside the map and in channels D .. DP-1.
+
+    WAY, with what `src` is: "rows", a tensor descriptor over [B, H, W, heads, D]; "planes", one over
+    [B, heads, D, H, W]; "columns", a pointer to columns side by side and x0 on a whole vector; "pointer".
+    """
+    if WAY == "rows":
+        b_x = src.load([i_b, y0, x0, i_h, 0]).reshape(ROWS * COLS, DP)
+    elif WAY == "planes":
+        b_x = tl.trans(src.load([i_b, i_h, 0, y0, x0]).reshape(DP, ROWS * COLS))
+    else:
+        if WAY == "columns":
+            x0 = tl.multiple_of(x0, VECTOR_BYTES // (src.dtype.element_ty.primitive_bitwidth // 8))
+        o_y, o_x = pixels(y0, x0, ROWS, COLS)
+        p_x = head_start(src, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)[:, None]
+        m_x = inside(o_y, o_x, H, W)[:, None]
+        if DP > D:
+            m_x = m_x & (tl.arange(0, DP) < D)[None, :]
+        b_x = tl.load(p_x + channel_offsets(DP, strides, WIDE)[None, :], mask=m_x, other=0.0)
+    return b_x
+
+
+@triton.jit
+def store_block(
+    ptr, b_x, strides, i_b, i_h, y0, x0, H, W,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes [ROWS*COLS, DP] to the pixels from (y0, x0) on that lie in the map, in its dtype."""
+    o_y, o_x = pixels(y0, x0, ROWS, COLS)
+    p_x = head_start(ptr, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)[:, None]
+    m_x = inside(o_y, o_x, H, W)[:, None]
+    if DP > D:
+        m_x = m_x & (tl.arange(0, DP) < D)[None, :]
+    tl.store(p_x + channel_offsets(DP, strides, WIDE)[None, :], b_x.to(ptr.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def float_pointers(ptr, i_b, i_h, o_y, o_x, H, W, heads):
+    """Of the floats per pixel and head, [B, heads, H, W] contiguous."""
+    i_image = (i_b.to(tl.int64) * heads + i_h) * H
+    return ptr + (i_image + o_y) * W + o_x
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """b_acc + b_a @ b_b in fp32; the first operand is rounded to the dtype of the second."""
+    b_a = b_a.to(b_b.dtype)
+    if INTERPRETED:
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product(b_a, b_b, PRECISION: tl.constexpr):
+    """b_a @ b_b.T in fp32."""
+    if INTERPRETED:
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)

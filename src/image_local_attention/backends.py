@@ -60,7 +60,6 @@ def _device_obstacle(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def matmul_precision() -> str:
     """torch's precision of fp32 matrix products on a GPU, "ieee" or "tf32".
 
@@ -70,3 +69,7 @@ def matmul_precision() -> str:
     if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import torch's compiler, for a second.
+matmul_precision._dynamo_marked_constant = True

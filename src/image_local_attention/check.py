@@ -142,7 +142,7 @@ def scale_factor(scale: object, depth: int) -> float:
         return depth**-0.5
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite breaks a compiled graph
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 
@@ -191,13 +191,11 @@ def _positive_int(name: str, value: object) -> None:
 
 def no_tangents(**given: Tensor) -> None:
     """Forward-mode derivatives would come out as silent zeros, so they are refused."""
-    if torch.compiler.is_compiling():
-        return
     for name, x in given.items():
         if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{name} carries a forward-mode tangent: forward-mode derivatives are not available yet, "
-                "take reverse mode (torch.func.vjp, torch.autograd.grad)"
+                "take reverse mode (torch.autograd.grad)"
             )
 
 

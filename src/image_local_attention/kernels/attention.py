@@ -12,8 +12,8 @@ from .tile import (
     LN2,
     LOG2E,
     NEVER,
+    add_product,
     blocks,
-    dot,
     first_query,
     float_pointers,
     head_start,
@@ -31,12 +31,12 @@ from .tile import (
 
 
 @triton.jit
-def softmax_step(b_o, b_m, b_l, b_s, b_v, PRECISION: tl.constexpr):
+def softmax_step(b_o, b_m, b_l, b_s, b_v, PRODUCT: tl.constexpr):
     """Takes the logits [M, N] of one block into output [M, DVP], maximum [M] and sum [M]."""
     b_max = tl.maximum(b_m, tl.max(b_s, 1))
     b_rescale = tl.exp2(b_m - b_max)
     b_p = tl.exp2(b_s - b_max[:, None])
-    b_o = dot(b_p, b_v, b_o * b_rescale[:, None], PRECISION)
+    b_o = add_product(b_o * b_rescale[:, None], b_p, b_v, PRODUCT)
     return b_o, b_max, b_l * b_rescale + tl.sum(b_p, 1)
 
 
@@ -49,7 +49,7 @@ def forward_kernel(
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
     o_y, o_x = pixels(y0, x0, TH, TW)
@@ -68,9 +68,9 @@ def forward_kernel(
             k_y0 = halo_y + i_row * ROWS
             b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
             b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
-            b_s = product(b_q, b_k, PRECISION) * scale_log2 + b_cols
+            b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
             m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
-            b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, tl.where(m_rows, b_s, NEVER), b_v, PRECISION)
+            b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, tl.where(m_rows, b_s, NEVER), b_v, PRODUCT)
     store_block(o_ptr, b_o / b_l[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
     p_lse = float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads)
     tl.store(p_lse, (b_m + tl.log2(b_l)) * LN2, mask=inside(o_y, o_x, H, W))
@@ -83,7 +83,7 @@ def delta_kernel(
     H, W, heads,
     D: tl.constexpr, DP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(grad_out * out) - grad_lse per pixel and head, so that dS = P * (dP - delta)."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
@@ -107,7 +107,7 @@ def grad_query_kernel(
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sum_ij dS_ij k_ij over the keys that the tile's queries see."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
@@ -131,9 +131,9 @@ def grad_query_kernel(
             b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
             b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
             m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
-            b_s = tl.where(m_rows, product(b_q, b_k, PRECISION) * scale_log2 + b_cols, NEVER)
-            b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRECISION) - b_delta[:, None])
-            b_grad_q = dot(b_ds, b_k, b_grad_q, PRECISION)
+            b_s = tl.where(m_rows, product(b_q, b_k, PRODUCT) * scale_log2 + b_cols, NEVER)
+            b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
+            b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
 
 
@@ -146,7 +146,7 @@ def grad_key_value_kernel(
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """dK = scale * sum dS q and dV = sum P g over the queries that see the tile's keys: a gather, no atomics.
 
@@ -174,15 +174,15 @@ def grad_key_value_kernel(
             b_lse = tl.load(p_lse, mask=m_q, other=float("inf")) * LOG2E  # no query there: P is 0
             o_top, rows = window_span(o_row, H, KH, False)
             m_rows = within(o_y[:, None], o_top[None, :], rows[None, :])
-            b_s = product(b_k, b_q, PRECISION) * scale_log2 + b_cols - b_lse[None, :]
+            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
             b_p = tl.exp2(tl.where(m_rows, b_s, NEVER))  # [M, N]
             if grad_v_ptr is not None:
-                b_grad_v = dot(b_p, b_g, b_grad_v, PRECISION)
+                b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
             if grad_k_ptr is not None:
                 p_delta = float_pointers(delta_ptr, i_b, i_h, o_row, o_qx, H, W, heads)
                 b_delta = tl.load(p_delta, mask=m_q, other=0.0)
-                b_ds = b_p * (product(b_v, b_g, PRECISION) - b_delta[None, :])
-                b_grad_k = dot(b_ds, b_q, b_grad_k, PRECISION)
+                b_ds = b_p * (product(b_v, b_g, PRODUCT) - b_delta[None, :])
+                b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)
     if grad_k_ptr is not None:
         store_block(grad_k_ptr, b_grad_k * scale, grad_k_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
     if grad_v_ptr is not None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-# What the matrix units do: halves, fp32 rounded to TF32, exact fp32 in three passes of TF32, or exact fp32 as it is.
-PRECISIONS = {"half": "ieee", "tf32": "tf32", "three-pass": "tf32x3", "exact": "ieee"}
+# How products are taken: of halves, of fp32 rounded to TF32, of fp32 exactly in three passes of TF32, or as it is.
+PRODUCTS = ("half", "tf32", "three-pass", "exact")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Gpu:
             return layout
         return "columns" if layout == "planes" else "pointer"
 
-    def work(self, dtype: torch.dtype, precision: str) -> str:
-        """One of PRECISIONS: fp32 is exact unless TF32 was asked for."""
+    def product(self, dtype: torch.dtype, precision: str) -> str:
+        """One of PRODUCTS: fp32 is exact unless TF32 was asked for."""
         if dtype != torch.float32:
             return "half"
         if precision == "tf32":

@@ -30,10 +30,10 @@ class Launch:
         self.first = maps[0]
         gpu = gpus.of(self.first.device)
         layouts = [layout(x) for x in maps]
-        work = gpu.work(self.first.dtype, precision)
+        product = gpu.product(self.first.dtype, precision)
         depth = max(x.shape[4] for x in maps)
         planes = "planes" in layouts[len(kept) :]
-        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(task, work, depth, window.kernel, planes)
+        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(task, product, depth, window.kernel, planes)
         ways = [gpu.way(each, self.plan.stream_by_pointer) for each in layouts[len(kept) :]]
         tile_w = self.plan.tile[1]
         step = max((column_step(x, w, tile_w) for x, w in zip(streamed, ways, strict=True)), default=1)
@@ -50,7 +50,7 @@ class Launch:
             "ROWS": block[0],
             "COLS": block[1],
             "SHIFT": self.shift,
-            "PRECISION": gpus.PRECISIONS[work],
+            "PRODUCT": product,
         }
 
     def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu) -> str:

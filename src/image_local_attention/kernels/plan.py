@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 ANY = 1 << 30
 
-# By task, by what the matrix units do, by whether the streamed maps have their columns side by side. Rows are read
+# By task, by how products are taken, by whether the streamed maps have their columns side by side. Rows are read
 # from the top, the first that is deep and wide enough is taken. A figure is milliseconds on one H200, of the
 # benchmark case named before it; a row without one is by analogy.
 _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
@@ -58,40 +58,39 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7 0.169, 512-4x16-k21 0.454
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7 0.169, 512-4x16-k21 0.454
+            Row(32, ANY, Plan((4, 16), 64, 4, 3)),  # 2048-32-k7 1.03
+            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.410, 8x128-8x64-k13 0.559
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.253
-            Row(128, ANY, Plan((8, 16), 64, 8, 3)),
+            Row(128, 40, Plan((8, 16), 32, 8, 3)),  # 8x128-8x128-k13 1.15
+            Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 18.7
             Row(256, ANY, Plan((4, 16), 32, 8)),
         ),
         ("tf32", False): (
             Row(64, 5, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-tf32 0.088
             Row(64, ANY, Plan((4, 8), 16, 1, 3)),  # 512-64-k11-tf32 0.202
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", True): (
-            Row(64, 5, Plan((8, 8), 32, 4)),  # 512-64-k5-tf32 0.186
-            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.262
+            Row(64, 8, Plan((4, 8), 16, 1, 3)),  # 512-64-k5-tf32 0.170
+            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.283
             Row(128, ANY, Plan((4, 8), 16, 4)),
-            Row(256, ANY, Plan((2, 8), 16, 4)),
         ),
         ("exact", False): (
-            Row(64, 16, Plan((4, 4), 32, 1)),  # 512-64-k5-3x 0.133, 512-64-k11-3x 0.351, 512-16-k11-3x 0.132
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 128-64-k21-3x 0.068
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.132
+            Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-3x 0.146, 512-64-k11-3x 0.390, 128-64-k21-3x 0.067
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.149
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-3x 0.283, 512-64-k11-3x 0.559
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-3x 0.281, 512-64-k11-3x 0.560, 128-64-k21-3x 0.122
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
     "grad_query": {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
-            Row(32, ANY, Plan((8, 4), 32, 1, 3)),  # 512-4x16-k21 0.350
+            Row(32, ANY, Plan((8, 4), 32, 1)),  # 512-4x16-k21 0.360
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.239
             Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.373
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.172
@@ -101,70 +100,74 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7 0.186, 512-4x16-k21 0.479
+            Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.159
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479
+            Row(32, ANY, Plan((4, 16), 64, 4, 3)),  # 2048-32-k7 1.06
+            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.435, 8x128-8x64-k13 0.550
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
-            Row(128, ANY, Plan((8, 16), 64, 8)),
+            Row(128, 40, Plan((4, 16), 64, 4, stream_by_pointer=True)),  # 8x128-8x128-k13 1.52
+            Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 21.5
             Row(256, ANY, Plan((4, 16), 32, 8)),
         ),
         ("tf32", False): (
             Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-tf32 0.112, 512-64-k11-tf32 0.237
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", True): (
-            Row(64, ANY, Plan((8, 8), 16, 4)),  # 512-64-k5-tf32 0.243, 512-64-k11-tf32 0.401
-            Row(128, ANY, Plan((4, 8), 16, 4)),
-            Row(256, ANY, Plan((2, 8), 16, 4)),
+            Row(64, 8, Plan((4, 8), 16, 2)),  # 512-64-k5-tf32 0.253
+            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.416
+            Row(128, ANY, Plan((4, 8), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", False): (
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-3x 0.257, 512-64-k11-3x 0.603, 512-16-k11-3x 0.169
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.169
+            Row(64, 16, Plan((4, 4), 32, 2, keep_by_pointer=True)),  # 512-64-k5-3x 0.184, 512-64-k11-3x 0.498
+            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 128-64-k21-3x 0.094
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.188
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-3x 0.376, 512-64-k11-3x 0.837
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(64, ANY, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.367, 512-64-k11-3x 0.724, 128-64-k21-3x 0.158
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
     "grad_key_value": {
         ("half", False): (
-            Row(32, 13, Plan((4, 8), 32, 1, keep_by_pointer=True)),  # 512-4x16-k7 0.153, 2048-32-k7 0.882
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.878
             Row(32, ANY, Plan((8, 4), 32, 1, 3)),  # 512-4x16-k21 0.501
             Row(64, 9, Plan((4, 8), 16, 1, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.452
             Row(64, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x64-k13 0.699
             Row(64, ANY, Plan((16, 4), 32, 4)),  # 512-64-k21 0.337
             Row(128, 13, Plan((16, 4), 32, 4)),  # 8x128-8x128-k13 1.24
-            Row(128, ANY, Plan((8, 8), 32, 4)),  # 256-24x128-k81 27.6
-            Row(256, ANY, Plan((4, 8), 16, 4)),
+            Row(128, ANY, Plan((8, 8), 16, 4)),
+            Row(256, ANY, Plan((4, 8), 16, 4, keep_by_pointer=True)),
         ),
         ("half", True): (
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7 0.236, 512-4x16-k21 0.633
+            Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
+            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633, 2048-32-k7 1.75
+            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.711, 8x128-8x64-k13 0.958
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
-            Row(128, ANY, Plan((4, 16), 32, 4)),  # 8x128-8x128-k13 1.93
-            Row(256, ANY, Plan((2, 16), 16, 4)),
+            Row(128, 40, Plan((4, 16), 32, 4)),  # 8x128-8x128-k13 1.93
+            Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
+            Row(256, ANY, Plan((4, 8), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", False): (
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-tf32 0.162, 512-64-k11-tf32 0.417
-            Row(128, ANY, Plan((4, 4), 16, 2)),
-            Row(256, ANY, Plan((4, 4), 16, 4)),
+            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 512-64-k5-tf32 0.166, 512-64-k11-tf32 0.431
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", True): (
-            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.511
-            Row(128, ANY, Plan((4, 8), 16, 4)),
-            Row(256, ANY, Plan((2, 8), 16, 4)),
+            Row(64, 8, Plan((4, 8), 16, 2)),  # 512-64-k5-tf32 0.328
+            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.582
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", False): (
-            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 512-64-k11-3x 1.02
-            Row(128, ANY, Plan((4, 4), 16, 4)),
-            Row(256, ANY, Plan((4, 4), 16, 8)),
+            Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.308
+            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True)),  # 512-64-k5-3x 0.295, 512-64-k11-3x 0.875
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.311
-            Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k5-3x 0.673, 512-64-k11-3x 1.30
-            Row(128, ANY, Plan((4, 8), 16, 4)),
-            Row(256, ANY, Plan((4, 4), 16, 8)),
+            Row(64, ANY, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.464, 512-64-k11-3x 0.982, 128-64-k21-3x 0.202
+            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
 }
@@ -180,23 +183,23 @@ _UNFUSED = {
 
 
 def plans() -> Iterator[tuple[str, str, bool, Row]]:
-    """Every row of the fused tasks: task, work, planes, row."""
+    """Every row of the fused tasks: task, product, planes, row."""
     for task, tables in _TABLE.items():
-        for (work, planes), rows in tables.items():
+        for (product, planes), rows in tables.items():
             for row in rows:
-                yield task, work, planes, row
+                yield task, product, planes, row
 
 
-def choose(task: str, work: str, depth: int, kernel: tuple[int, int], planes: bool) -> Plan:
+def choose(task: str, product: str, depth: int, kernel: tuple[int, int], planes: bool) -> Plan:
     """The plan of a task: "forward", "delta", "grad_query", "grad_key_value" or "unfused".
 
-    work: one of `gpu.PRECISIONS`. depth: most channels per head of its maps. planes: whether the streamed maps have
+    product: one of `gpu.PRODUCTS`. depth: most channels per head of its maps. planes: whether the streamed maps have
     their columns side by side, so that blocks must begin on whole vectors.
     """
     if task == "delta":
         rows = _DELTA
     elif task == "unfused":
-        rows = _UNFUSED["half" if work == "half" else "full"]
+        rows = _UNFUSED["half" if product == "half" else "full"]
     else:
-        rows = _TABLE[task]["exact" if work == "three-pass" else work, planes]
+        rows = _TABLE[task]["exact" if product == "three-pass" else product, planes]
     return next(row.plan for row in rows if depth <= row.depth and kernel[1] <= row.width)

@@ -151,17 +151,40 @@ def float_pointers(ptr, i_b, i_h, o_y, o_x, H, W, heads):
 
 
 @triton.jit
-def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """b_acc + b_a @ b_b in fp32; the first operand is rounded to the dtype of the second."""
-    b_a = b_a.to(b_b.dtype)
-    if INTERPRETED:
-        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+def to_tf32(b_x):
+    """Rounded to the 11 bits of precision that the matrix units take of fp32."""
+    return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def product(b_a, b_b, PRECISION: tl.constexpr):
+def matmul(b_a, b_b, PRODUCT: tl.constexpr):
+    """b_a @ b_b in fp32. PRODUCT is one of `gpu.PRODUCTS`.
+
+    "three-pass": each operand is the sum of two in TF32, high and low; low times low is below fp32's rounding. The
+    sum begins anew, for the matrix units truncate it at every step, which a long sum would not bear.
+    """
+    if PRODUCT == "three-pass":
+        b_a_high, b_b_high = to_tf32(b_a), to_tf32(b_b)
+        b_a_low, b_b_low = to_tf32(b_a - b_a_high), to_tf32(b_b - b_b_high)
+        b_c = tl.dot(b_a_low, b_b_high, input_precision="tf32")
+        b_c = tl.dot(b_a_high, b_b_low, b_c, input_precision="tf32")
+        b_c = tl.dot(b_a_high, b_b_high, b_c, input_precision="tf32")
+    elif PRODUCT == "tf32":
+        b_c = tl.dot(b_a, b_b, input_precision="tf32")
+    elif INTERPRETED:
+        b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+    else:
+        b_c = tl.dot(b_a, b_b, input_precision="ieee")
+    return b_c
+
+
+@triton.jit
+def add_product(b_c, b_a, b_b, PRODUCT: tl.constexpr):
+    """b_c + b_a @ b_b in fp32; the first operand is rounded to the dtype of the second."""
+    return b_c + matmul(b_a.to(b_b.dtype), b_b, PRODUCT)
+
+
+@triton.jit
+def product(b_a, b_b, PRODUCT: tl.constexpr):
     """b_a @ b_b.T in fp32."""
-    if INTERPRETED:
-        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+    return matmul(b_a, tl.trans(b_b), PRODUCT)

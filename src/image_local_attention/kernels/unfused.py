@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    add_product,
     blocks,
-    dot,
     first_query,
     head_start,
     inside,
@@ -39,7 +39,7 @@ def similarity_kernel(
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """W_ij = scale * <q, k_ij>; a key outside the map gives 0, or `absent` where the border is masked."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
@@ -54,7 +54,7 @@ def similarity_kernel(
             k_y0 = halo_y + i_row * ROWS
             o_ky, o_kx = pixels(k_y0, k_x0, ROWS, COLS)
             b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, D, DP, K_WAY, WIDE)
-            b_w = product(b_q, b_k, PRECISION) * scale  # [M, N]
+            b_w = product(b_q, b_k, PRODUCT) * scale  # [M, N]
             if MASKED:
                 b_w = tl.where(inside(o_ky, o_kx, H, W)[None, :], b_w, absent)
             o_w, m_w = slots(o_y[:, None], o_x[:, None], o_ky[None, :], o_kx[None, :], w_s, KH, KW, WIDE)
@@ -70,7 +70,7 @@ def aggregate_kernel(
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     X_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """O = scale * sum_ij W_ij x_ij over the keys in the map."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
@@ -88,7 +88,7 @@ def aggregate_kernel(
             o_w, m_w = slots(o_y[:, None], o_x[:, None], o_ky[None, :], o_kx[None, :], w_s, KH, KW, WIDE)
             m_w = m_w & m_q[:, None] & inside(o_ky, o_kx, H, W)[None, :]
             b_w = tl.load(p_head + o_w, mask=m_w, other=0.0)  # [M, N]
-            b_o = dot(b_w, b_x, b_o, PRECISION)
+            b_o = add_product(b_o, b_w, b_x, PRODUCT)
     store_block(o_ptr, b_o * scale, o_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, WIDE)
 
 
@@ -101,7 +101,7 @@ def aggregate_transpose_kernel(
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
     X_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Each key gathers scale * W_ij x over the queries that see it in their slot ij."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
@@ -119,5 +119,5 @@ def aggregate_transpose_kernel(
             o_w, m_w = slots(o_qy[None, :], o_qx[None, :], o_y[:, None], o_x[:, None], w_s, KH, KW, WIDE)
             m_w = m_w & m_k[:, None] & inside(o_qy, o_qx, H, W)[None, :]
             b_w = tl.load(p_head + o_w, mask=m_w, other=0.0)  # [M, N]
-            b_o = dot(b_w, b_x, b_o, PRECISION)
+            b_o = add_product(b_o, b_w, b_x, PRODUCT)
     store_block(o_ptr, b_o * scale, o_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, WIDE)

@@ -1,0 +1,158 @@
+"""Compiles kernels for a GPU that need not be there, and prints a JSON line of resources for each.
+
+    python tests/compile_kernels.py sm_90 --plans forward    # every row of the plan table of a task
+    python tests/compile_kernels.py gfx942                   # every kernel once in half precision and in fp32
+
+The library's own launchers run up to the launch: a stub stands for the driver and says which GPU there is. Run it
+without TRITON_INTERPRET, in a process of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from image_local_attention import kernels
+from image_local_attention.kernels import plan
+from image_local_attention.kernels.gpu import of as gpu_of
+from image_local_attention.maps import split_heads
+from image_local_attention.window import Window
+
+SIDE = 64
+WIDEST = {16: 21, 32: 21, 64: 21, 128: 81, 256: 21}  # windows worth compiling for, by channels per head
+
+
+class StubDriver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def use_target(name: str) -> None:
+    target = GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    driver.set_active(StubDriver(target))
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    gpu_of.cache_clear()
+
+
+def compiled(launch: Callable[[], object]) -> list:
+    """The kernels that a call would launch."""
+    found, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    try:
+        launch()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers, bytes of shared memory, and spills: bytes of stack (NVIDIA) or registers (AMD)."""
+    shared = kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.vgpr_{what}:\s*(\d+)", text)[1]) for what in ("count", "spill_count"))
+        return {"registers": registers, "shared": shared, "spills": spills}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
+        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return {"registers": registers, "shared": shared, "spills": stack}
+
+
+def maps(depth: int, dtype: torch.dtype, planes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map as heads, columns or channels innermost, and its log-sum-exp."""
+    x = torch.empty(1, 2 * depth, SIDE, SIDE, dtype=dtype)
+    if not planes:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return split_heads(x, 2), torch.empty(1, 2, SIDE, SIDE)
+
+
+def fused(task: str, x: torch.Tensor, lse: torch.Tensor, window: Window, precision: str) -> None:
+    if task == "forward":
+        kernels.attention(x, x, x, window, 1.0, precision)
+    else:
+        wanted = (True, False, False) if task == "grad_query" else (False, True, True)
+        kernels.attention_backward(x, None, x, x, x, x, lse, wanted, window, 1.0, precision)
+
+
+def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One launch of each row of a task's table, at the widest window and depth of the row."""
+    for row_task, product, planes, row in plan.plans():
+        if row_task == task:
+            dtype = torch.bfloat16 if product == "half" else torch.float32
+            width = min(row.width, WIDEST[row.depth])
+            x, lse = maps(row.depth, dtype, planes)
+            window, precision = Window((5, width)), "tf32" if product == "tf32" else "ieee"
+            name = f"{task} {product} {'planes' if planes else 'rows'} depth={row.depth} width={width} {row.plan}"
+
+            def launch(x=x, lse=lse, window=window, precision=precision, chosen=row.plan):
+                choose = plan.choose
+                plan.choose = lambda asked, *rest: chosen if asked == task else choose(asked, *rest)
+                try:
+                    fused(task, x, lse, window, precision)
+                finally:
+                    plan.choose = choose
+
+            yield name, launch
+
+
+def every_kernel() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each kernel in bf16 and in fp32, at 64 channels and a masked 7x7 window, both layouts."""
+    window = Window((7, 7), "mask")
+    for dtype in (torch.bfloat16, torch.float32):
+        for planes in (False, True):
+            x, lse = maps(64, dtype, planes)
+            weight = torch.empty(*x.shape[:4], window.slots, dtype=dtype)
+            calls = {
+                "forward": lambda x=x, lse=lse: fused("forward", x, lse, window, "ieee"),
+                "grad_query": lambda x=x, lse=lse: fused("grad_query", x, lse, window, "ieee"),
+                "grad_key_value": lambda x=x, lse=lse: fused("grad_key_value", x, lse, window, "ieee"),
+                "similarity": lambda x=x: kernels.similarity(x, x, window, 1.0, 0.0, "ieee"),
+                "aggregate": lambda x=x, w=weight: kernels.aggregate(w, x, window, 1.0, "ieee"),
+                "transpose": lambda x=x, w=weight: kernels.aggregate_transpose(w, x, window, 1.0, "ieee"),
+            }
+            for name, call in calls.items():
+                yield f"{name} {dtype} {'planes' if planes else 'rows'}", call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("--plans", metavar="TASK")
+    options = parser.parse_args()
+    use_target(options.target)
+    launches = every_plan(options.plans) if options.plans else every_kernel()
+    for case, launch in launches:
+        for name, kernel in compiled(launch):
+            if not (options.plans and name == "delta_kernel"):
+                print(json.dumps({"case": case, "kernel": name, **resources(kernel)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The kernels themselves: they compile for every GPU, plans spill no registers, each plan computes what it should."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CUDA
+
+pytest.importorskip("triton")
+from image_local_attention import local_attention
+from image_local_attention.kernels import launch, plan
+from image_local_attention.kernels.gpu import padded
+
+COMPILE = Path(__file__).with_name("compile_kernels.py")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB a program may take
+
+
+def compile_for(target: str, *options: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(COMPILE), target, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        print(target, row)
+    return rows
+
+
+@pytest.mark.skipif(CUDA, reason="compiles for GPUs that are not there; a real driver would get in the way")
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target):
+    rows = compile_for(target)
+    assert {row["kernel"] for row in rows} == {
+        "forward_kernel",
+        "delta_kernel",
+        "grad_query_kernel",
+        "grad_key_value_kernel",
+        "similarity_kernel",
+        "aggregate_kernel",
+        "aggregate_transpose_kernel",
+    }
+    assert all(row["shared"] <= SHARED_LIMIT[target] * 1024 for row in rows)
+
+
+@pytest.mark.skipif(CUDA, reason="compiles for GPUs that are not there; a real driver would get in the way")
+@pytest.mark.parametrize("task", ["forward", "grad_query", "grad_key_value"])
+def test_no_plan_spills_registers(task):
+    rows = compile_for("sm_90", "--plans", task)
+    assert len(rows) == sum(row_task == task for row_task, *_ in plan.plans())
+    assert [row for row in rows if row["spills"]] == []
+
+
+def distinct_shapes() -> list[plan.Plan]:
+    """A plan for each tile and block in the table; the interpreter knows nothing of the rest."""
+    shapes = {(row.plan.tile, row.plan.block): row.plan for *_, row in plan.plans()}
+    return [shapes[key] for key in sorted(shapes)]
+
+
+def assert_plan_is_right(depth: int, kernel: tuple[int, int], dtype: torch.dtype, planes: bool, device: str) -> None:
+    """Output, log-sum-exp and gradients against the reference, on a map of several tiles each way and a remainder."""
+    generator = torch.Generator().manual_seed(0)
+    heads = 2 if device == "cuda" else 1
+    shape = (1, heads * depth, *((19, 40) if device == "cuda" else (9, 24)))
+    maps = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    if not planes:
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    results = {}
+    for backend in ("triton", "reference"):
+        q, k, v = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in maps[:3])
+        out, lse = local_attention(
+            q, k, v, kernel, heads=heads, scale=None, border="mask", return_lse=True, backend=backend
+        )
+        grads = torch.autograd.grad([out, lse], [q, k, v], [maps[3], torch.ones_like(lse)])
+        results[backend] = out, lse, *grads
+    # Of the same rounding as half precision allows: this finds wrong tiles, test_accuracy.py judges the budgets.
+    tolerance = 3e-2 if dtype.itemsize == 2 else 1e-4
+    for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), *results.values(), strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.skipif(CUDA, reason="the GPU runs every row of the table")
+@pytest.mark.parametrize("shape", distinct_shapes(), ids=lambda p: f"{p.tile[0]}x{p.tile[1]}-{p.block}")
+@pytest.mark.parametrize("planes", [False, True])
+def test_every_tile_and_block(shape, planes, monkeypatch):
+    if planes and shape.tile[1] < 4:
+        pytest.skip("columns side by side want whole vectors")
+    monkeypatch.setattr(launch.plan, "INTERPRETED", shape)
+    assert_plan_is_right(3, (3, 6), torch.float32, planes, "cpu")
+
+
+def _check_row(job) -> str | None:
+    task, product, planes, row = job
+    choose = plan.choose
+    plan.choose = lambda name, *rest: row.plan if name == task else choose(name, *rest)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        dtype = torch.bfloat16 if product == "half" else torch.float32
+        assert_plan_is_right(row.depth, (5, min(row.width, 9)), dtype, planes, "cuda")
+    except (AssertionError, RuntimeError) as error:
+        return f"{task} {product} {planes} {row}: {error}"
+    return None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_every_plan_on_the_gpu():
+    jobs = [job for job in plan.plans() if job[1] != "tf32"]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
+        failures = [failure for failure in pool.imap_unordered(_check_row, jobs, chunksize=1) if failure]
+    assert failures == []
+
+
+@pytest.mark.parametrize(("depth", "tile"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256)])
+def test_depth_is_padded_to_a_power_of_two(depth, tile):
+    assert padded(depth) == tile

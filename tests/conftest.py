@@ -17,6 +17,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a graph of yesterday does not answer for today's
 torch.set_num_threads(1)  # the problems are small, and test processes share the cores
 
 # `make test` tries the same few problems every time, `make hunt` thousands of new ones.

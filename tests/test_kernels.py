@@ -13,8 +13,8 @@ import torch
 from conftest import CUDA
 
 pytest.importorskip("triton")
-from image_local_attention import local_attention
-from image_local_attention.kernels import launch, plan
+from image_local_attention import local_attention, local_similarity
+from image_local_attention.kernels import gpu, launch, plan
 from image_local_attention.kernels.gpu import padded
 
 COMPILE = Path(__file__).with_name("compile_kernels.py")
@@ -113,9 +113,23 @@ def _check_row(job) -> str | None:
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 def test_every_plan_on_the_gpu():
     jobs = [job for job in plan.plans() if job[1] != "tf32"]
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count()), maxtasksperchild=1) as pool:
         failures = [failure for failure in pool.imap_unordered(_check_row, jobs, chunksize=1) if failure]
     assert failures == []
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU, fp32 is always taken in three passes")
+def test_three_passes_are_as_good_as_fp32(monkeypatch):
+    """High and low parts lose 2**-24 of each factor, and low times low as much of a product."""
+    monkeypatch.setattr(gpu.Gpu, "product", lambda *_: "three-pass")
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 32, 6, 8, generator=generator)
+    got = local_similarity(q, k, 3, backend="triton")
+    exact = local_similarity(q.double(), k.double(), 3, backend="reference")
+    lengths = local_similarity(q.double().abs(), k.double().abs(), 3, backend="reference")
+    assert ((got - exact).abs() <= 4 * 2**-24 * lengths).all()
+    one_pass = local_similarity(*(x.view(torch.int32).bitwise_and(-0x2000).view(x.dtype) for x in (q, k)), 3)
+    assert not ((one_pass - exact).abs() <= 4 * 2**-24 * lengths).all()
 
 
 @pytest.mark.parametrize(("depth", "tile"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256)])

@@ -40,7 +40,7 @@ class Gpu:
 @functools.cache
 def of(device: torch.device) -> Gpu:
     if triton.knobs.runtime.interpret:
-        return Gpu(arch=0, nvidia=True)
+        return Gpu(arch=0, nvidia=False)
     with torch.cuda.device(device):
         target = triton.runtime.driver.active.get_current_target()
     nvidia = target.backend == "cuda"

@@ -90,7 +90,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "grad_query": {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
-            Row(32, ANY, Plan((8, 4), 32, 1)),  # 512-4x16-k21 0.360
+            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.239
             Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.373
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.172
@@ -107,7 +107,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
             Row(128, 40, Plan((4, 16), 64, 4, stream_by_pointer=True)),  # 8x128-8x128-k13 1.52
             Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 21.5
-            Row(256, ANY, Plan((4, 16), 32, 8)),
+            Row(256, ANY, Plan((8, 8), 16, 8)),
         ),
         ("tf32", False): (
             Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-tf32 0.112, 512-64-k11-tf32 0.237
@@ -138,8 +138,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x64-k13 0.699
             Row(64, ANY, Plan((16, 4), 32, 4)),  # 512-64-k21 0.337
             Row(128, 13, Plan((16, 4), 32, 4)),  # 8x128-8x128-k13 1.24
-            Row(128, ANY, Plan((8, 8), 16, 4)),
-            Row(256, ANY, Plan((4, 8), 16, 4, keep_by_pointer=True)),
+            Row(128, ANY, Plan((8, 8), 16, 4)),  # 256-24x128-k81 41, (8, 8), 32, 4 spills and takes 27
+            Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
@@ -148,7 +148,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
             Row(128, 40, Plan((4, 16), 32, 4)),  # 8x128-8x128-k13 1.93
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
-            Row(256, ANY, Plan((4, 8), 16, 4, keep_by_pointer=True)),
+            Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("tf32", False): (
             Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 512-64-k5-tf32 0.166, 512-64-k11-tf32 0.431

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# torch's profiler, which measures memory, is to be silent
+export KINETO_LOG_LEVEL := 99
 
 .PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-bench clean
 

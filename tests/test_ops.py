@@ -13,6 +13,8 @@ HEADS, KERNEL = 2, (3, 4)
 OPERATORS = ("attention", "similarity", "aggregate")
 operators = pytest.mark.parametrize("operator", OPERATORS)
 forward_mode = torch.autograd.forward_ad
+# What hangs on the version of torch, not on the backend, is tried wherever tests run.
+anywhere = pytest.mark.parametrize("target", [t.param() for t in TARGETS if t.backend == "reference"])
 
 
 def maps(device: str, *, layout="contiguous", dtype=torch.float32, size=(2, 4, 5, 6)) -> list[torch.Tensor]:
@@ -111,7 +113,8 @@ def check_compiled(function, inputs, compiler: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_one_graph_takes_every_size():
+@anywhere
+def test_one_graph_takes_every_size(target):
     torch._dynamo.reset()
     graphs = []
 
@@ -119,30 +122,34 @@ def test_one_graph_takes_every_size():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(
-        lambda *x: local_attention(*x, 3, scale=None), fullgraph=True, dynamic=True, backend=backend
-    )
+    def attend(*maps):
+        return local_attention(*maps, 3, scale=None, backend=target.backend)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
     for size in ((2, 4, 5, 6), (3, 4, 8, 7), (5, 4, 11, 9)):
-        x = maps("cpu", size=size)
-        torch.testing.assert_close(compiled(*x), local_attention(*x, 3, scale=None))
+        x = maps(target.device, size=size)
+        torch.testing.assert_close(compiled(*x), attend(*x))
     assert len(graphs) == 1
 
 
-def test_options_may_be_arguments_of_the_graph():
+@anywhere
+def test_options_may_be_arguments_of_the_graph(target):
     torch._dynamo.reset()
     compiled = torch.compile(local_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    x = maps("cpu")
+    x = maps(target.device)
     for options in ({"scale": 0.3}, {"scale": -1.5, "heads": 2}, {"scale": None, "border": "mask"}):
+        options |= {"backend": target.backend}
         torch.testing.assert_close(compiled(*x, (3, 4), **options), local_attention(*x, (3, 4), **options))
 
 
+@anywhere
 @operators
-def test_export(operator):
+def test_export(target, operator):
     class Model(torch.nn.Module):
         def forward(self, *maps):
-            return call(operator, *maps)
+            return call(operator, *maps, backend=target.backend)
 
-    inputs = tuple(x.detach() for x in maps("cpu"))
+    inputs = tuple(x.detach() for x in maps(target.device))
     program = torch.export.export(Model(), inputs)
     assert any(ops.NAMESPACE in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
@@ -292,19 +299,24 @@ FORWARD = {
 
 @pytest.mark.parametrize("transform", FORWARD.values(), ids=FORWARD)
 @operators
-def test_forward_mode_is_refused(operator, transform):
-    q, k, v = (m.detach() for m in maps("cpu", size=(1, 2, 2, 2)))
+@anywhere
+def test_forward_mode_is_refused(target, operator, transform):
+    q, k, v = (m.detach() for m in maps(target.device, size=(1, 2, 2, 2)))
     with pytest.raises(NotImplementedError, match=r"(?i)forward-mode|second derivative"):
-        transform(lambda x: call(operator, x, x + k, x + v), q, k)
+        transform(lambda x: call(operator, x, x + k, x + v, backend=target.backend), q, k)
 
 
+@anywhere
 @operators
-def test_a_compiled_forward_mode_is_refused(operator):
+def test_a_compiled_forward_mode_is_refused(target, operator):
     torch._dynamo.reset()
-    q, k, v = (m.detach() for m in maps("cpu", size=(1, 2, 3, 3)))
+    q, k, v = (m.detach() for m in maps(target.device, size=(1, 2, 3, 3)))
+
+    def attend(x):
+        return call(operator, x, x + k, x + v, backend=target.backend)
 
     def f(x, tangent):
-        return torch.func.jvp(lambda x: call(operator, x, x + k, x + v), (x,), (tangent,))[1]
+        return torch.func.jvp(attend, (x,), (tangent,))[1]
 
     with pytest.raises(Exception, match=r"(?i)forward|jvp"):  # dynamo wraps it
         torch.compile(f, fullgraph=True, backend="aot_eager")(q, k)

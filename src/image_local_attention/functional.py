@@ -39,8 +39,8 @@ def local_attention(
     border: "zeros" (default): keys outside the map count with logit 0 and value 0. "mask": they do not take part.
     return_lse: also return the natural log-sum-exp of the logits over each window, [B, heads, H, W] in fp32
         (fp64 for fp64), differentiable. Under "zeros" it counts the keys outside the map.
-    backend: None chooses: "triton" for fp16, bf16 and fp32 on a GPU, else "tiled". "triton", "tiled" and
-        "reference" demand one.
+    backend: None chooses: "triton" on a GPU for fp16 and bf16 up to 256 channels per head and fp32 up to 128, else
+        "tiled". "triton", "tiled" and "reference" demand one.
     kv_heads, dilation, causal, bias, key_mask: not available yet; anything but the default raises
         NotImplementedError.
 

@@ -3,7 +3,7 @@
 What decides: queries per tile times keys in its halo is the arithmetic, so tiles are small; halos that fill whole
 blocks (8 + 8, 4 + 12 or 8 + 20 columns) throw the fewest scores away; a product in three passes needs its operands
 three times in registers, so its tiles are the smallest that a matrix unit takes. Where columns lie side by side,
-copies begin on whole vectors, so tiles are 8 columns wide at least, and 16 wide where whole sectors pay.
+copies begin on whole vectors, so tiles are as wide (8 columns of halves, 4 of fp32), and 16 wide where sectors pay.
 """
 
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ class Row(NamedTuple):
 ANY = 1 << 30
 
 # By task, by how products are taken, by whether the streamed maps have their columns side by side. Rows are read
-# from the top, the first that is deep and wide enough is taken. A figure is milliseconds on one H200, of the
-# benchmark case named before it; a row without one is by analogy.
+# from the top, the first that is deep and wide enough is taken. A figure is milliseconds of that one kernel on an H200
+# when plans were tried, at the case named before it; docs/performance.md has what passes take. Without one: by analogy.
 _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "forward": {
         ("half", False): (

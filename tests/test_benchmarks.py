@@ -1,7 +1,11 @@
 """The benchmarks: baselines, floors, measurement, errors against fp64, and the rows that are kept."""
 
+import importlib
 import itertools
 import json
+import math
+import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,3 +270,70 @@ def test_an_unknown_group_is_refused():
     answer = CliRunner().invoke(APP, ["--group", "none"])
     assert answer.exit_code == 2
     assert "design, original, cpu" in answer.output
+
+
+@pytest.fixture
+def plans():
+    pytest.importorskip("triton")
+    return importlib.import_module("benchmarks.plans")
+
+
+def test_neighbours_begin_with_one_respect_and_leave_out_what_cannot_be(plans):
+    case = next(case for case in GROUPS["design"] if case.layout == "nchw" and case.dtype == "bf16")
+    best = plans.Plan((8, 8), 32, 4, 3)
+    tried = [best, replace(best, stages=2)]
+    found = plans.neighbours(case, "forward", best, tried, plans.FIRST)
+    assert len(set(found)) == len(found) <= plans.FIRST
+    assert not set(found) & set(tried)
+    assert all(each.tile[1] >= 8 for each in found)
+    differences = [sum(getattr(each, name) != getattr(best, name) for name in plans.CHOICES) for each in found]
+    assert differences == sorted(differences, key=lambda count: count > 1)
+    assert {1, 2, 3} == set(differences)
+    assert plans.Plan((4, 8), 32, 1, 3) not in plans.neighbours(
+        replace(case, depth=256), "grad_key_value", best, (), 10**6
+    )
+
+
+def test_a_process_that_dies_costs_its_own_job_only(plans):
+    workers = plans.Workers(1)
+    assert workers.map(os._exit, [(1,)], lambda code: f"died with {code}") == ["died with 1"]
+    assert workers.map(pow, [(2, 3), (2, 4)], lambda *_: None) == [8, 16]
+    workers.close()
+
+
+def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(plans, monkeypatch):
+    class Fake:
+        def __init__(self, *_, **__):
+            pass
+
+        def run(self, task):
+            return (torch.full((3,), 1.0 if taken[-1].stages < 4 else math.nan),)
+
+        def poison(self):
+            pass
+
+    def timed(call, *_, **__):
+        each = taken[-1]
+        return Measurement(each.block + 9.0 * (each.warps - 2) ** 2 - each.stages, 0.0, 0.0, 0.0, 1)
+
+    @contextmanager
+    def planned(task, candidate):
+        taken.append(candidate)
+        yield taken
+
+    def compiled(workers, jobs):
+        return [(each, plans.Result(spills=int(each.block == 16), registers=99)) for _, _, each in jobs]
+
+    start = plans.Plan((8, 8), 128, 8, 1)
+    taken = [start]
+    for name, fake in (("Problem", Fake), ("measure", timed), ("planned", planned), ("compile_all", compiled)):
+        monkeypatch.setattr(plans, name, fake)
+    starts = {"forward": (start, plans.Result())}
+    *_, (search,) = plans.explore(GROUPS["design"][0], torch.device("cpu"), starts, None, 4, False, 0.1)
+    best = search.ranked[0]
+    assert (best.block, best.warps, best.stages) == (32, 2, 3)
+    rows = list(search.rows())
+    assert [row["tile"] for row in rows if row["current"]] == [(8, 8)]
+    assert {row["error"] for row in rows if row["stages"] == 4} == {"wrong result"}
+    json.dumps(rows)
+    assert "current" in list(search.table().columns[-1].cells)

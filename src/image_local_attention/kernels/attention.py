@@ -23,6 +23,8 @@ from .tile import (
     pixels,
     product,
     program_tile,
+    row_bound,
+    row_parts,
     store_block,
     window_span,
     window_start,
@@ -47,11 +49,12 @@ def forward_kernel(
     H, W, heads, scale_log2,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     o_top, rows = window_span(o_y, H, KH, MASKED)
     o_left, cols = window_span(o_x, W, KW, MASKED)
@@ -59,18 +62,22 @@ def forward_kernel(
     b_o = tl.zeros([TH * TW, DVP], tl.float32)
     b_m = tl.full([TH * TW], NEVER, tl.float32)
     b_l = tl.zeros([TH * TW], tl.float32)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
+    PARTS: tl.constexpr = row_parts(TH, KH, ROWS, MASKED)
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
         b_cols = tl.where(within(o_kx[None, :], o_left[:, None], cols[:, None]), 0.0, NEVER)  # [M, N]
-        for i_row in tl.range(blocks(TH, KH, ROWS)):
-            k_y0 = halo_y + i_row * ROWS
-            b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
-            b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
-            b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
-            m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
-            b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, tl.where(m_rows, b_s, NEVER), b_v, PRODUCT)
+        for PART in tl.static_range(PARTS):
+            for i_row in tl.range(row_bound(PART, PARTS, TH, KH, ROWS), row_bound(PART + 1, PARTS, TH, KH, ROWS)):
+                k_y0 = halo_y + i_row * ROWS
+                b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
+                b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
+                b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                if PART != 1:
+                    m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
+                    b_s = tl.where(m_rows, b_s, NEVER)
+                b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, PRODUCT)
     store_block(o_ptr, b_o / b_l[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
     p_lse = float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads)
     tl.store(p_lse, (b_m + tl.log2(b_l)) * LN2, mask=inside(o_y, o_x, H, W))
@@ -82,11 +89,12 @@ def delta_kernel(
     g_s, o_s, grad_lse_s,
     H, W, heads,
     D: tl.constexpr, DP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(grad_out * out) - grad_lse per pixel and head, so that dS = P * (dP - delta)."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     b_g = load_block(g_ptr, g_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_o = load_block(o_ptr, o_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
@@ -105,12 +113,13 @@ def grad_query_kernel(
     H, W, heads, scale_log2, scale,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sum_ij dS_ij k_ij over the keys that the tile's queries see."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_q = inside(o_y, o_x, H, W)
     o_top, rows = window_span(o_y, H, KH, MASKED)
@@ -120,20 +129,24 @@ def grad_query_kernel(
     b_lse = tl.load(float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads), mask=m_q, other=0.0) * LOG2E
     b_delta = tl.load(float_pointers(delta_ptr, i_b, i_h, o_y, o_x, H, W, heads), mask=m_q, other=0.0)
     b_grad_q = tl.zeros([TH * TW, DKP], tl.float32)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
+    PARTS: tl.constexpr = row_parts(TH, KH, ROWS, MASKED)
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
         m_cols = within(o_kx[None, :], o_left[:, None], cols[:, None])  # [M, N]
         b_cols = tl.where(m_cols, -b_lse[:, None], NEVER)
-        for i_row in tl.range(blocks(TH, KH, ROWS)):
-            k_y0 = halo_y + i_row * ROWS
-            b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
-            b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
-            m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
-            b_s = tl.where(m_rows, product(b_q, b_k, PRODUCT) * scale_log2 + b_cols, NEVER)
-            b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
-            b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
+        for PART in tl.static_range(PARTS):
+            for i_row in tl.range(row_bound(PART, PARTS, TH, KH, ROWS), row_bound(PART + 1, PARTS, TH, KH, ROWS)):
+                k_y0 = halo_y + i_row * ROWS
+                b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
+                b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
+                b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                if PART != 1:
+                    m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
+                    b_s = tl.where(m_rows, b_s, NEVER)
+                b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
+                b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
 
 
@@ -144,7 +157,8 @@ def grad_key_value_kernel(
     H, W, heads, scale_log2, scale,
     KH: tl.constexpr, KW: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -152,14 +166,14 @@ def grad_key_value_kernel(
 
     A gradient whose pointer is None is not computed. The border plays no part: these keys are in the map.
     """
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]
     b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
     b_grad_k = tl.zeros([TH * TW, DKP], tl.float32)
     b_grad_v = tl.zeros([TH * TW, DVP], tl.float32)
-    halo_y, halo_x = first_query(y0, KH), first_query(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = first_query(y0, KH), first_query(x0, KW) - PAD
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         q_x0 = halo_x + i_col * COLS
         o_qy, o_qx = pixels(halo_y, q_x0, ROWS, COLS)
         o_left, cols = window_span(o_qx, W, KW, False)
@@ -172,9 +186,9 @@ def grad_key_value_kernel(
             m_q = inside(o_row, o_qx, H, W)
             p_lse = float_pointers(lse_ptr, i_b, i_h, o_row, o_qx, H, W, heads)
             b_lse = tl.load(p_lse, mask=m_q, other=float("inf")) * LOG2E  # no query there: P is 0
+            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
             o_top, rows = window_span(o_row, H, KH, False)
             m_rows = within(o_y[:, None], o_top[None, :], rows[None, :])
-            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
             b_p = tl.exp2(tl.where(m_rows, b_s, NEVER))  # [M, N]
             if grad_v_ptr is not None:
                 b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)

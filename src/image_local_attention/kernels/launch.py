@@ -1,5 +1,7 @@
 """From maps to a kernel launch: the plan, the ways to read them, the grid and the constants that follow."""
 
+import math
+
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -8,6 +10,8 @@ from ..window import Window
 from . import gpu as gpus
 from . import plan
 from .source import Source, column_step, layout, source
+
+_MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
 
 
 class Launch:
@@ -35,11 +39,15 @@ class Launch:
         planes = "planes" in layouts[len(kept) :]
         self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(task, product, depth, window.kernel, planes)
         ways = [gpu.way(each, self.plan.stream_by_pointer) for each in layouts[len(kept) :]]
-        tile_w = self.plan.tile[1]
-        step = max((column_step(x, w, tile_w) for x, w in zip(streamed, ways, strict=True)), default=1)
-        self.shift = -lead % step
+        tile_w, kernel_w = self.plan.tile[1], window.kernel[1]
+        step, vector = (
+            max((column_step(x, way, wide) for x, way in zip(streamed, ways, strict=True)), default=1)
+            for wide in (tile_w, 1)
+        )
+        self.pad = self.plan.free_columns(kernel_w, -lead % vector, step)
+        self.shift = -(lead + self.pad) % step
         ways = [self._way_to_keep(x, gpu) for x in kept] + ways
-        block = self.plan.block_shape(window.kernel[1], step)
+        block = self.plan.block_shape(kernel_w + self.pad, step)
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
         self.constants = {
@@ -50,6 +58,7 @@ class Launch:
             "ROWS": block[0],
             "COLS": block[1],
             "SHIFT": self.shift,
+            "PAD": self.pad,
             "PRODUCT": product,
         }
 
@@ -65,20 +74,24 @@ class Launch:
         return h, w, heads
 
     @property
-    def programs(self) -> int:
-        """One for each tile of each head of each image."""
+    def grid(self) -> tuple[int, ...]:
+        """A program for each tile of each head of each image: on three axes, on one where these are too short."""
         h, w, heads = self.size
-        return self.first.shape[0] * heads * cdiv(h, self.plan.tile[0]) * cdiv(w + self.shift, self.plan.tile[1])
+        tiles_y, tiles_x = cdiv(h, self.plan.tile[0]), cdiv(w + self.shift, self.plan.tile[1])
+        grid = heads * tiles_x, tiles_y, self.first.shape[0]
+        return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
 
     def __call__(self, kernel, *args: object, addressed: tuple[Tensor | None, ...], **constants: object) -> None:
         """Launches. `addressed`: the tensors whose pixels the kernel may reach by pointer."""
         wide = any(_span(x) >= 2**31 for x in addressed if x is not None)
+        grid = self.grid
         with torch.cuda.device_of(self.first):
-            kernel[(self.programs,)](
+            kernel[grid](
                 *args,
                 **self.constants,
                 **constants,
                 WIDE=wide,
+                FLAT=len(grid) == 1,
                 num_warps=self.plan.warps,
                 num_stages=self.plan.stages,
             )

@@ -27,10 +27,20 @@ class Plan:
 
     def block_shape(self, kernel_width: int, step: int) -> tuple[int, int]:
         """(rows, columns) of a block: multiples of `step` columns that cover the tile's halo with the least excess."""
-        halo = self.tile[1] + kernel_width - 1
         widths = [w for w in (32, 16, 8) if max(step, 8) <= w <= self.block]
-        cols = min(widths, key=lambda w: -(-halo // w) * w)
+        cols = min(widths, key=lambda w: self._covered(kernel_width, w))
         return self.block // cols, cols
+
+    def free_columns(self, kernel_width: int, wanted: int, step: int) -> int:
+        """`wanted` columns more in front of the halo if its blocks cover them anyway, else 0."""
+        without, with_them = (
+            self._covered(width, self.block_shape(width, step)[1]) for width in (kernel_width, kernel_width + wanted)
+        )
+        return wanted if with_them <= without else 0
+
+    def _covered(self, kernel_width: int, cols: int) -> int:
+        """Columns of the blocks of `cols` columns that cover the tile's halo."""
+        return -(-(self.tile[1] + kernel_width - 1) // cols) * cols
 
 
 class Row(NamedTuple):

@@ -18,21 +18,30 @@ NEVER = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+MANY = 16  # blocks of a column that need no mask for rows: worth a loop of their own
+
 
 @triton.jit
-def program_tile(H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr):
+def program_tile(H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr):
     """Batch, head and first row and column of this program's tile; heads go fastest, for they share cache lines.
 
-    The first column of tiles begins SHIFT pixels left of the map.
+    The first column of tiles begins SHIFT pixels left of the map. FLAT: the grid has one axis, else three: heads and
+    columns, rows, batch, which saves divisions.
     """
-    i = tl.program_id(0)
-    i_h = i % heads
-    i_tile = i // heads
-    tiles_x = tl.cdiv(W + SHIFT, TW)
-    tiles = tl.cdiv(H, TH) * tiles_x
-    i_b = i_tile // tiles
-    i_tile = i_tile % tiles
-    return i_b, i_h, (i_tile // tiles_x) * TH, (i_tile % tiles_x) * TW - SHIFT
+    i_x = tl.program_id(0)
+    i_h = i_x % heads
+    i_x = i_x // heads
+    if FLAT:
+        tiles_x = tl.cdiv(W + SHIFT, TW)
+        tiles_y = tl.cdiv(H, TH)
+        i_y = i_x // tiles_x
+        i_x = i_x % tiles_x
+        i_b = i_y // tiles_y
+        i_y = i_y % tiles_y
+    else:
+        i_y = tl.program_id(1)
+        i_b = tl.program_id(2)
+    return i_b, i_h, i_y * TH, i_x * TW - SHIFT
 
 
 @triton.jit
@@ -46,6 +55,22 @@ def pixels(y0, x0, ROWS: tl.constexpr, COLS: tl.constexpr):
 def blocks(tile, kernel, step):
     """Blocks of `step` pixels that cover the halo of a tile on one axis."""
     return (tile + kernel - 2) // step + 1
+
+
+@triton.constexpr_function
+def row_parts(tile, kernel, step, masked):
+    """1, or 3 where most blocks of a column are seen by every query of the tile: before these, these, after them."""
+    return 3 if not masked and kernel // step - (tile - 1 + step - 1) // step >= MANY else 1
+
+
+@triton.constexpr_function
+def row_bound(part, parts, tile, kernel, step):
+    """The first block of a part, blocks of a column counted from 0; the end of the last where `part` is `parts`."""
+    if part == 0:
+        return 0
+    if part == parts:
+        return (tile + kernel - 2) // step + 1
+    return (tile - 1 + step - 1) // step if part == 1 else kernel // step
 
 
 @triton.jit

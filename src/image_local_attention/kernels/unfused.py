@@ -37,18 +37,19 @@ def similarity_kernel(
     H, W, heads, scale, absent,
     KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """W_ij = scale * <q, k_ij>; a key outside the map gives 0, or `absent` where the border is masked."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_q = inside(o_y, o_x, H, W)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, Q_WAY, WIDE)  # [M, DP]
     p_head = head_start(w_ptr, i_b, i_h, w_s)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         k_x0 = halo_x + i_col * COLS
         for i_row in tl.range(blocks(TH, KH, ROWS)):
             k_y0 = halo_y + i_row * ROWS
@@ -68,18 +69,19 @@ def aggregate_kernel(
     H, W, heads, scale,
     KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     X_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """O = scale * sum_ij W_ij x_ij over the keys in the map."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_q = inside(o_y, o_x, H, W)
     p_head = head_start(w_ptr, i_b, i_h, w_s)
     b_o = tl.zeros([TH * TW, DP], tl.float32)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         k_x0 = halo_x + i_col * COLS
         for i_row in tl.range(blocks(TH, KH, ROWS)):
             k_y0 = halo_y + i_row * ROWS
@@ -99,18 +101,19 @@ def aggregate_transpose_kernel(
     H, W, heads, scale,
     KH: tl.constexpr, KW: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFT: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     X_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Each key gathers scale * W_ij x over the queries that see it in their slot ij."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT)
+    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_k = inside(o_y, o_x, H, W)
     p_head = head_start(w_ptr, i_b, i_h, w_s)
     b_o = tl.zeros([TH * TW, DP], tl.float32)
-    halo_y, halo_x = first_query(y0, KH), first_query(x0, KW)
-    for i_col in tl.range(blocks(TW, KW, COLS)):
+    halo_y, halo_x = first_query(y0, KH), first_query(x0, KW) - PAD
+    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         q_x0 = halo_x + i_col * COLS
         for i_row in tl.range(blocks(TH, KH, ROWS)):
             q_y0 = halo_y + i_row * ROWS

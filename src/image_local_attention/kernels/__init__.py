@@ -15,6 +15,7 @@ from .gpu import padded
 from .launch import Launch, depths, ways
 
 LOG2E = 1.4426950408889634
+TINY = 2.0**-126  # the least normal fp32, for a scale of 0: its product with minus infinity is no NaN
 
 
 def attention(
@@ -30,11 +31,12 @@ def attention(
         *(q.handle, k.handle, v.handle, out, lse),
         *(q.strides, k.strides, v.strides, out.stride()),
         *launch.size,
-        scale * LOG2E,
+        max(abs(scale) * LOG2E, TINY),
         addressed=(query, key, value, out),
         **depths(query, value),
         **ways(q=q, k=k, v=v),
         MASKED=window.masked,
+        NEGATE=scale < 0,
     )
     return out, lse
 

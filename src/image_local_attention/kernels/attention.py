@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    ABSENT,
     LN2,
     LOG2E,
     NEVER,
@@ -18,6 +19,7 @@ from .tile import (
     float_pointers,
     head_start,
     inside,
+    limit,
     load_block,
     pixel_offsets,
     pixels,
@@ -25,21 +27,25 @@ from .tile import (
     program_tile,
     row_bound,
     row_parts,
+    scores,
     store_block,
     window_span,
     window_start,
     within,
 )
 
+LANES = tl.constexpr(8)  # sums that a row of scores is kept as, for lanes of a warp to add up once, at the end
+
 
 @triton.jit
-def softmax_step(b_o, b_m, b_l, b_s, b_v, PRODUCT: tl.constexpr):
-    """Takes the logits [M, N] of one block into output [M, DVP], maximum [M] and sum [M]."""
-    b_max = tl.maximum(b_m, tl.max(b_s, 1))
+def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
+    """Takes the products [M, N] of one block into output [M, DVP], maximum [M] and sums [M, LANES]."""
+    b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
     b_rescale = tl.exp2(b_m - b_max)
-    b_p = tl.exp2(b_s - b_max[:, None])
+    b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
     b_o = add_product(b_o * b_rescale[:, None], b_p, b_v, PRODUCT)
-    return b_o, b_max, b_l * b_rescale + tl.sum(b_p, 1)
+    b_sums = tl.sum(b_p.reshape(b_p.shape[0], b_p.shape[1] // LANES, LANES), 1)
+    return b_o, b_max, b_l * b_rescale[:, None] + b_sums
 
 
 @triton.jit
@@ -52,35 +58,38 @@ def forward_kernel(
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
+    NEGATE: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
+    """O = softmax(scale * <q, k_ij>) v_ij and its log-sum-exp. `scale_log2` is positive, NEGATE turns the queries."""
     i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
     o_y, o_x = pixels(y0, x0, TH, TW)
     o_top, rows = window_span(o_y, H, KH, MASKED)
     o_left, cols = window_span(o_x, W, KW, MASKED)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
+    if NEGATE:
+        b_q = -b_q
     b_o = tl.zeros([TH * TW, DVP], tl.float32)
     b_m = tl.full([TH * TW], NEVER, tl.float32)
-    b_l = tl.zeros([TH * TW], tl.float32)
+    b_l = tl.zeros([TH * TW, LANES], tl.float32)
     halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
     PARTS: tl.constexpr = row_parts(TH, KH, ROWS, MASKED)
     for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
-        b_cols = tl.where(within(o_kx[None, :], o_left[:, None], cols[:, None]), 0.0, NEVER)  # [M, N]
+        b_cols = tl.where(within(o_kx[None, :], o_left[:, None], cols[:, None]), 0.0, ABSENT)  # [M, N]
         for PART in tl.static_range(PARTS):
             for i_row in tl.range(row_bound(PART, PARTS, TH, KH, ROWS), row_bound(PART + 1, PARTS, TH, KH, ROWS)):
                 k_y0 = halo_y + i_row * ROWS
                 b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
                 b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
-                b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                b_s = scores(b_cols, b_q, b_k, PRODUCT)
                 if PART != 1:
-                    m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
-                    b_s = tl.where(m_rows, b_s, NEVER)
-                b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, PRODUCT)
-    store_block(o_ptr, b_o / b_l[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
+                    b_s = tl.minimum(b_s, limit(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None]))
+                b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT)
+    b_sum = tl.sum(b_l, 1)
+    store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
     p_lse = float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads)
-    tl.store(p_lse, (b_m + tl.log2(b_l)) * LN2, mask=inside(o_y, o_x, H, W))
+    tl.store(p_lse, (b_m + tl.log2(b_sum)) * LN2, mask=inside(o_y, o_x, H, W))
 
 
 @triton.jit

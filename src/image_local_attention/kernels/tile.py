@@ -13,8 +13,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 VECTOR_BYTES = tl.constexpr(16)  # of the widest load
 
-# Finite, so that a difference of two is no NaN; its power of two is 0 beside any real logit.
-NEVER = tl.constexpr(-1.0e30)
+ABSENT = tl.constexpr(float("-inf"))  # the logit of a key that does not take part
+NEVER = tl.constexpr(-1.0e30)  # a maximum before any logit: finite, so that a difference of two is no NaN
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -107,6 +107,12 @@ def within(o_k, o_first, count):
 
 
 @triton.jit
+def limit(o_k, o_first, count):
+    """Of logits: none within first <= k < first + count, ABSENT elsewhere. A minimum is cheaper than a selection."""
+    return tl.where(within(o_k, o_first, count), float("inf"), ABSENT)
+
+
+@triton.jit
 def pixel_offsets(o_y, o_x, strides, WIDE: tl.constexpr):
     """Offsets of pixels within one head of one image; 64-bit where these may pass 2**31."""
     if WIDE:
@@ -182,8 +188,8 @@ def to_tf32(b_x):
 
 
 @triton.jit
-def matmul(b_a, b_b, PRODUCT: tl.constexpr):
-    """b_a @ b_b in fp32. PRODUCT is one of `gpu.PRODUCTS`.
+def matmul(b_c, b_a, b_b, PRODUCT: tl.constexpr):
+    """b_c + b_a @ b_b in fp32. PRODUCT is one of `gpu.PRODUCTS`.
 
     "three-pass": each operand is the sum of two in TF32, high and low; low times low is below fp32's rounding. The
     sum begins anew, for the matrix units truncate it at every step, which a long sum would not bear.
@@ -191,25 +197,31 @@ def matmul(b_a, b_b, PRODUCT: tl.constexpr):
     if PRODUCT == "three-pass":
         b_a_high, b_b_high = to_tf32(b_a), to_tf32(b_b)
         b_a_low, b_b_low = to_tf32(b_a - b_a_high), to_tf32(b_b - b_b_high)
-        b_c = tl.dot(b_a_low, b_b_high, input_precision="tf32")
-        b_c = tl.dot(b_a_high, b_b_low, b_c, input_precision="tf32")
-        b_c = tl.dot(b_a_high, b_b_high, b_c, input_precision="tf32")
+        b_ab = tl.dot(b_a_low, b_b_high, input_precision="tf32")
+        b_ab = tl.dot(b_a_high, b_b_low, b_ab, input_precision="tf32")
+        b_c += tl.dot(b_a_high, b_b_high, b_ab, input_precision="tf32")
     elif PRODUCT == "tf32":
-        b_c = tl.dot(b_a, b_b, input_precision="tf32")
+        b_c = tl.dot(b_a, b_b, b_c, input_precision="tf32")
     elif INTERPRETED:
-        b_c = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+        b_c += tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
     else:
-        b_c = tl.dot(b_a, b_b, input_precision="ieee")
+        b_c = tl.dot(b_a, b_b, b_c, input_precision="ieee")
     return b_c
 
 
 @triton.jit
 def add_product(b_c, b_a, b_b, PRODUCT: tl.constexpr):
     """b_c + b_a @ b_b in fp32; the first operand is rounded to the dtype of the second."""
-    return b_c + matmul(b_a.to(b_b.dtype), b_b, PRODUCT)
+    return matmul(b_c, b_a.to(b_b.dtype), b_b, PRODUCT)
+
+
+@triton.jit
+def scores(b_c, b_a, b_b, PRODUCT: tl.constexpr):
+    """b_c + b_a @ b_b.T in fp32."""
+    return matmul(b_c, b_a, tl.trans(b_b), PRODUCT)
 
 
 @triton.jit
 def product(b_a, b_b, PRODUCT: tl.constexpr):
     """b_a @ b_b.T in fp32."""
-    return matmul(b_a, tl.trans(b_b), PRODUCT)
+    return scores(tl.zeros([b_a.shape[0], b_b.shape[0]], tl.float32), b_a, b_b, PRODUCT)

@@ -225,7 +225,7 @@ def test_strides_and_dtypes(crop):
 def test_fp32_resolves_little_noise_on_bright_ground():
     image = 0.9 + 0.002 * (random_image(1, 3, 40, 40) - 0.5)
     got, want = (non_local_means(x, sigma=0.0006).double() for x in (image.float(), image))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=0, atol=torch.finfo(torch.float32).eps)
 
 
 def test_autocast_does_not_reach_it(crop):

@@ -67,8 +67,9 @@ def non_local_means(
     batch, channels, height, width = image.shape
     dtype = torch.promote_types(image.dtype, torch.float32)
     device = image.device if device is None else torch.device(device)
-    # |P|^2 and P.Q cancel to |P - Q|^2 in the softmax: the smaller they are, the less rounding is left.
-    mean = image.mean((0, 2, 3), keepdim=True, dtype=dtype)
+    # |P|^2 and P.Q cancel to |P - Q|^2 in the softmax: the smaller they are, the less rounding is left. So with sums
+    # of many values.
+    mean = image.mean((0, 2, 3), keepdim=True, dtype=dtype).to(device)
     taps = _patch_taps(patch, patch_weights) / channels
     halo, reach = window // 2, patch // 2
     pixel_bytes = batch * (2 * channels * patch**2 + 4 * channels + 2) * dtype.itemsize
@@ -76,14 +77,14 @@ def non_local_means(
     done = 0
     for rows, columns in _blocks(height, width, halo, block_bytes // pixel_bytes):
         seen_rows, seen_columns = _grow(rows, halo, height), _grow(columns, halo, width)
-        around = _reflected_crop(image, seen_rows, seen_columns, reach).to(device, dtype)
-        query, key = _patch_maps(around - mean.to(device), taps)
+        around = _reflected_crop(image, seen_rows, seen_columns, reach).to(device, dtype) - mean
+        query, key = _patch_maps(around, taps)
         value = around[..., reach : reach + len(seen_rows), reach : reach + len(seen_columns)]
         # Logits reach |P|^2 / h^2, which half precision cannot tell apart.
         with torch.autocast(device.type, enabled=False):
             out = local_attention(query, key, value, window, scale=2.0 / h**2, border="mask", backend=backend)
         top, left = rows.start - seen_rows.start, columns.start - seen_columns.start
-        inner = out[..., top : top + len(rows), left : left + len(columns)]
+        inner = out[..., top : top + len(rows), left : left + len(columns)] + mean
         result[..., rows.start : rows.stop, columns.start : columns.stop] = inner
         done += len(rows) * len(columns)
         if progress is not None:

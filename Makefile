@@ -31,8 +31,10 @@ denoise-bench: $(READY)  ## the photograph, against scikit-image
 gpu-test:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
 
+# GPU names the file that the rows are for.
+GPU ?= h200
 gpu-bench:
-	PYTHONPATH=src $(PYTHON) -m benchmarks.run --group design --warm-up 16 --out benchmarks/results/h200.json
+	PYTHONPATH=src $(PYTHON) -m benchmarks.run --group design --warm-up 16 --out benchmarks/results/$(GPU).json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from benchmarks.run import Row, load_rows
 
-RESULTS = Path("benchmarks/results/h200.json")
+RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->\n", "<!-- end -->\n"
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Both layouts beside each other, a line for each case, and where the rows come from."""
+    """Both layouts beside each other, a line for each case, and where the rows, all of one GPU, come from."""
     ours = {(row.case, row.mode): row for row in rows if row.impl == "ours" and row.l2 == "cold"}
     cases = sorted({case.rsplit(" ", 1)[0] for case, _ in ours})
     lines = [
@@ -23,15 +23,17 @@ def tables(rows: Sequence[Row]) -> str:
         for mode in ("forward", "backward"):
             last, planes = (ours[f"{case} {layout}", mode] for layout in ("channels_last", "nchw"))
             share = "" if last.floor_share is None else f"{last.floor_share:.0%}"
+            sketch = "" if last.sketch_ms is None else f"{last.sketch_ms:.4g}"
             lines.append(
-                f"| {case} | {mode} | {last.ms_p50:.4g} | {share} | {last.sketch_ms:.4g} | {planes.ms_p50:.4g} "
+                f"| {case} | {mode} | {last.ms_p50:.4g} | {share} | {sketch} | {planes.ms_p50:.4g} "
                 f"| {planes.ms_p50 / last.ms_p50:.2f} | {last.error:.1e} |"
             )
     for mode in ("forward", "backward"):
         speed = [row.sketch_ms / row.ms_p50 for row in ours.values() if row.mode == mode and row.sketch_ms]
         ratio = [ours[f"{case} nchw", mode].ms_p50 / ours[f"{case} channels_last", mode].ms_p50 for case in cases]
+        against = f"{_mean(speed):.2f} times the sketch's speed (slowest case {min(speed):.2f}); " if speed else ""
         lines.append(
-            f"\nGeometric means, {mode}: {_mean(speed):.2f} times the sketch's speed (slowest case {min(speed):.2f}); "
+            f"\nGeometric means, {mode}: {against}"
             f"NCHW takes {_mean(ratio):.2f} times as long as channels_last (at most {max(ratio):.2f})."
         )
     where = {f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}" for row in rows}
@@ -44,7 +46,8 @@ def _mean(factors: Sequence[float]) -> float:
 
 def main() -> None:
     head, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(head + BEGIN + "\n" + tables(load_rows(RESULTS)) + "\n" + END + rest.split(END)[1])
+    every = "\n".join(tables(load_rows(path)) for path in sorted(RESULTS.glob("*.json"), reverse=True))
+    PAGE.write_text(head + BEGIN + "\n" + every + "\n" + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -53,32 +53,34 @@ ANY = 1 << 30
 
 # By task, by how products are taken, by whether the streamed maps have their columns side by side. Rows are read
 # from the top, the first that is deep and wide enough is taken. A figure is milliseconds of that one kernel on an H200
-# when plans were tried, at the case named before it; docs/performance.md has what passes take. Without one: by analogy.
+# when plans were tried, at the case named before it; docs/performance.md has what passes take. A case without a figure:
+# the fastest there of those tried on an H100. Without a case: by analogy.
 _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "forward": {
         ("half", False): (
-            Row(32, 13, Plan((4, 8), 32, 1, keep_by_pointer=True)),  # 512-4x16-k7 0.113, 2048-32-k7 0.525
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, 2048-32-k7
             Row(32, ANY, Plan((4, 8), 64, 1, 3)),  # 512-4x16-k21 0.397
             Row(64, 9, Plan((8, 8), 64, 4, 3)),  # 8x128-8x64-k7 0.242
             Row(64, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x64-k13 0.352
             Row(64, ANY, Plan((8, 8), 64, 4, 3)),  # 512-64-k21 0.162
-            Row(128, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x128-k13 0.601
+            Row(128, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x128-k13
             Row(128, 40, Plan((8, 8), 64, 4, 3)),
             Row(128, ANY, Plan((8, 16), 64, 8, 3)),  # 256-24x128-k81 13.5
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7 0.169, 512-4x16-k21 0.454
-            Row(32, ANY, Plan((4, 16), 64, 4, 3)),  # 2048-32-k7 1.03
+            Row(16, 13, Plan((8, 8), 32, 1, 3)),  # 512-4x16-k7
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.454
+            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True)),  # 2048-32-k7
             Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.410, 8x128-8x64-k13 0.559
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.253
-            Row(128, 40, Plan((8, 16), 32, 8, 3)),  # 8x128-8x128-k13 1.15
+            Row(128, 40, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x128-k13
             Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 18.7
             Row(256, ANY, Plan((4, 16), 32, 8)),
         ),
         ("tf32", False): (
             Row(64, 5, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-tf32 0.088
-            Row(64, ANY, Plan((4, 8), 16, 1, 3)),  # 512-64-k11-tf32 0.202
+            Row(64, ANY, Plan((8, 4), 16, 1, 3)),  # 512-64-k11-tf32
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", True): (
@@ -89,7 +91,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.132
             Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 512-64-k5-3x 0.146, 512-64-k11-3x 0.390, 128-64-k21-3x 0.067
-            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
+            Row(128, ANY, Plan((4, 4), 16, 4)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.149
@@ -101,22 +103,22 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376
-            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.239
+            Row(64, 9, Plan((8, 8), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x64-k7
             Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.373
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.172
             Row(128, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x128-k13 0.662
             Row(128, 40, Plan((8, 8), 64, 4, 3)),
-            Row(128, ANY, Plan((8, 16), 64, 8, 3)),  # 256-24x128-k81 15.4
+            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81 14.1 on an H100
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.159
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479
-            Row(32, ANY, Plan((4, 16), 64, 4, 3)),  # 2048-32-k7 1.06
-            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.435, 8x128-8x64-k13 0.550
+            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True)),  # 2048-32-k7
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
-            Row(128, 40, Plan((4, 16), 64, 4, stream_by_pointer=True)),  # 8x128-8x128-k13 1.52
-            Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 21.5
+            Row(128, 40, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),
+            Row(128, ANY, Plan((8, 16), 32, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81
             Row(256, ANY, Plan((8, 8), 16, 8)),
         ),
         ("tf32", False): (
@@ -143,31 +145,33 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "grad_key_value": {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.878
-            Row(32, ANY, Plan((8, 4), 32, 1, 3)),  # 512-4x16-k21 0.501
+            Row(32, ANY, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(64, 9, Plan((4, 8), 16, 1, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.452
             Row(64, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x64-k13 0.699
-            Row(64, ANY, Plan((16, 4), 32, 4)),  # 512-64-k21 0.337
-            Row(128, 13, Plan((16, 4), 32, 4)),  # 8x128-8x128-k13 1.24
-            Row(128, ANY, Plan((8, 8), 16, 4)),  # 256-24x128-k81 41, (8, 8), 32, 4 spills and takes 27
+            Row(64, ANY, Plan((16, 4), 16, 4)),  # 512-64-k21
+            Row(128, 13, Plan((16, 4), 32, 4, keep_by_pointer=True)),  # 8x128-8x128-k13
+            Row(128, ANY, Plan((8, 8), 16, 4, 3)),  # 256-24x128-k81 30.5 on an H100
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633, 2048-32-k7 1.75
-            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.711, 8x128-8x64-k13 0.958
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
+            Row(32, ANY, Plan((4, 16), 32, 2, 3)),  # 2048-32-k7
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
-            Row(128, 40, Plan((4, 16), 32, 4)),  # 8x128-8x128-k13 1.93
+            Row(128, 40, Plan((4, 16), 32, 4, keep_by_pointer=True)),  # 8x128-8x128-k13
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("tf32", False): (
-            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 512-64-k5-tf32 0.166, 512-64-k11-tf32 0.431
+            Row(64, 13, Plan((4, 4), 16, 1, 3, keep_by_pointer=True)),  # 512-64-k5-tf32, 512-64-k11-tf32
+            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("tf32", True): (
-            Row(64, 8, Plan((4, 8), 16, 2)),  # 512-64-k5-tf32 0.328
+            Row(64, 8, Plan((4, 8), 16, 2, keep_by_pointer=True)),  # 512-64-k5-tf32
             Row(64, ANY, Plan((4, 16), 32, 4)),  # 512-64-k11-tf32 0.582
-            Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
+            Row(128, ANY, Plan((4, 4), 16, 4, 3, keep_by_pointer=True)),
         ),
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.308

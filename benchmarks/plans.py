@@ -27,6 +27,7 @@ from image_local_attention.kernels import plan
 from image_local_attention.kernels.gpu import padded
 from image_local_attention.kernels.plan import Plan
 from image_local_attention.maps import empty_heads, split_heads
+from image_local_attention.rules import Rules
 from image_local_attention.window import Window
 
 from .cases import DTYPES, GROUPS, Case
@@ -71,10 +72,12 @@ class Problem:
     def __init__(self, case: Case, device: torch.device, exact: bool) -> None:
         self.maps = [split_heads(x, case.heads) for x in case.maps(device)]
         self.grads = [empty_heads(x, x.shape[4]) for x in self.maps[:3]]
-        self.how = Window((case.kernel, case.kernel), case.border), 1.0, case.precision
+        window = Window((case.kernel, case.kernel), (case.border, case.border))
+        self.rules = Rules(window, precision=case.precision)
+        self.how = window, 1.0, case.precision
         if exact:
-            out, self.lse = kernels.attention(*self.maps[:3], *self.how)
-            self.delta = kernels._delta(self.maps[3], None, out, self.how[0])
+            out, self.lse = kernels.attention(*self.maps[:3], self.rules)
+            self.delta = kernels._delta(self.maps[3], None, out, window)
         else:
             self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
 
@@ -82,7 +85,7 @@ class Problem:
         query, key, value, grad_out = self.maps
         inputs = *self.maps, self.lse, self.delta
         if task == "forward":
-            return kernels.attention(query, key, value, *self.how)
+            return kernels.attention(query, key, value, self.rules)
         if task == "delta":
             return (kernels._delta(grad_out, None, grad_out, self.how[0]),)
         grads = self.grads[:1] if task == "grad_query" else self.grads[1:]

@@ -25,7 +25,7 @@ PLAIN_IS_GOOD, OURS_IS_BAD = 0.05, 0.75
 
 
 # Operations that round, beside sums; views, selections and copies are exact in every dtype.
-_ROUNDS = {"add", "div", "exp", "logsumexp", "mul", "sub", "unfold_backward"}
+_ROUNDS = {"add", "div", "exp", "index_add", "logsumexp", "mul", "sub", "unfold_backward"}
 
 
 class Rounding(TorchDispatchMode):
@@ -44,8 +44,8 @@ class Rounding(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         x = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name == "sum":
-            dims = args[1]
+        if name == "sum" and args[0].dim():
+            dims = (args[1] if len(args) > 1 else None) or list(range(args[0].dim()))
             partial = args[0].movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1).cumsum(0)
             x = x + (partial * self._off(partial, self.sum_eps)).sum(0).view(x.shape)
         elif name not in _ROUNDS or x.dtype != torch.float64:

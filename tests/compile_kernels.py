@@ -25,6 +25,7 @@ from image_local_attention import kernels
 from image_local_attention.kernels import plan
 from image_local_attention.kernels.gpu import of as gpu_of
 from image_local_attention.maps import split_heads
+from image_local_attention.rules import Rules
 from image_local_attention.window import Window
 
 SIDE = 64
@@ -93,12 +94,12 @@ def maps(depth: int, dtype: torch.dtype, planes: bool) -> tuple[torch.Tensor, to
     return split_heads(x, 2), torch.empty(1, 2, SIDE, SIDE)
 
 
-def fused(task: str, x: torch.Tensor, lse: torch.Tensor, window: Window, precision: str) -> None:
+def fused(task: str, x: torch.Tensor, lse: torch.Tensor, rules: Rules) -> None:
     if task == "forward":
-        kernels.attention(x, x, x, window, 1.0, precision)
+        kernels.attention(x, x, x, rules)
     else:
-        wanted = (True, False, False) if task == "grad_query" else (False, True, True)
-        kernels.attention_backward(x, None, x, x, x, x, lse, wanted, window, 1.0, precision)
+        wanted = (True, False, False, False) if task == "grad_query" else (False, True, True, False)
+        kernels.attention_backward(x, None, x, x, x, x, lse, wanted, rules)
 
 
 def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -108,14 +109,14 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
             dtype = torch.bfloat16 if product == "half" else torch.float32
             width = min(row.width, WIDEST[row.depth])
             x, lse = maps(row.depth, dtype, planes)
-            window, precision = Window((5, width)), "tf32" if product == "tf32" else "ieee"
+            rules = Rules(Window((5, width)), precision="tf32" if product == "tf32" else "ieee")
             name = f"{task} {product} {'planes' if planes else 'rows'} depth={row.depth} width={width} {row.plan}"
 
-            def launch(x=x, lse=lse, window=window, precision=precision, chosen=row.plan):
+            def launch(x=x, lse=lse, rules=rules, chosen=row.plan):
                 choose = plan.choose
                 plan.choose = lambda asked, *rest: chosen if asked == task else choose(asked, *rest)
                 try:
-                    fused(task, x, lse, window, precision)
+                    fused(task, x, lse, rules)
                 finally:
                     plan.choose = choose
 
@@ -124,18 +125,19 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def every_kernel() -> Iterator[tuple[str, Callable[[], object]]]:
     """Each kernel in bf16 and in fp32, at 64 channels and a masked 7x7 window, both layouts."""
-    window = Window((7, 7), "mask")
+    rules = Rules(Window((7, 7), ("mask", "mask")))
     for dtype in (torch.bfloat16, torch.float32):
         for planes in (False, True):
             x, lse = maps(64, dtype, planes)
-            weight = torch.empty(*x.shape[:4], window.slots, dtype=dtype)
+            weight = torch.empty(*x.shape[:4], rules.window.slots, dtype=dtype)
+            heads_and_size = x.shape[1], x.shape[2:4]
             calls = {
-                "forward": lambda x=x, lse=lse: fused("forward", x, lse, window, "ieee"),
-                "grad_query": lambda x=x, lse=lse: fused("grad_query", x, lse, window, "ieee"),
-                "grad_key_value": lambda x=x, lse=lse: fused("grad_key_value", x, lse, window, "ieee"),
-                "similarity": lambda x=x: kernels.similarity(x, x, window, 1.0, 0.0, "ieee"),
-                "aggregate": lambda x=x, w=weight: kernels.aggregate(w, x, window, 1.0, "ieee"),
-                "transpose": lambda x=x, w=weight: kernels.aggregate_transpose(w, x, window, 1.0, "ieee"),
+                "forward": lambda x=x, lse=lse: fused("forward", x, lse, rules),
+                "grad_query": lambda x=x, lse=lse: fused("grad_query", x, lse, rules),
+                "grad_key_value": lambda x=x, lse=lse: fused("grad_key_value", x, lse, rules),
+                "similarity": lambda x=x: kernels.similarity(x, x, rules, 0.0),
+                "aggregate": lambda x=x, w=weight: kernels.aggregate(w, x, rules),
+                "transpose": lambda x=x, w=weight, to=heads_and_size: kernels.aggregate_transpose(w, x, *to, rules),
             }
             for name, call in calls.items():
                 yield f"{name} {dtype} {'planes' if planes else 'rows'}", call

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 BATCH = 10
-EVERY_GRADIENT = (True, True, True)
-GRADIENTS = [EVERY_GRADIENT] * 8 + list(itertools.product((True, False), repeat=3))
+EVERY_GRADIENT = (True, True, True, True)
+GRADIENTS = [EVERY_GRADIENT] * 16 + list(itertools.product((True, False), repeat=4))
+ENDING = ("zeros", "mask", "shift")  # borders that an axis whose windows end at the query may have
+BORDERS = (*ENDING, "reflect", "replicate", "circular")
 LAYOUTS = ("contiguous", "channels_last", "sliced", "thinned", "transposed", "expanded", "offset", "chunk", "padded")
 
 
@@ -24,16 +26,34 @@ class Problem:
     heads: int
     key_depth: int
     value_depth: int
-    size: tuple[int, int]
+    size: tuple[int, int]  # of the queries
     kernel: tuple[int, int]
-    border: str
+    border: tuple[str, str]
     scale: float | None
     layouts: tuple[str, str, str, str]  # of query, key, value and the output's gradient
-    wanted: tuple[bool, bool, bool]  # whose gradients
+    wanted: tuple[bool, bool, bool, bool]  # whose gradients
     used: str  # what the loss uses: "out", "lse" or "both"
     spread: float  # standard deviation of the logits
     magnitude: float  # of values and weights
     seed: int
+    keys: tuple[int, int] | None = None  # the size of their grid, None: that of the queries
+    kv_heads: int | None = None
+    dilation: tuple[int, int] = (1, 1)
+    causal: bool | tuple[bool, bool] | str = False
+    bias: str = "none"  # or "slot", "patch", "displacement"
+    key_mask: str = "none"  # or how much of the map is there: "most", "little", "nothing"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the triton backend computes it."""
+        return (
+            self.border in (("zeros", "zeros"), ("mask", "mask"))
+            and self.keys in (None, self.size)
+            and self.kv_heads in (None, self.heads)
+            and self.dilation == (1, 1)
+            and self.causal is False
+            and self.bias == self.key_mask == "none"
+        )
 
     @property
     def slots(self) -> int:
@@ -48,16 +68,53 @@ class Problem:
         """The scale that `scale` means."""
         return self.key_depth**-0.5 if self.scale is None else self.scale
 
+    @property
+    def geometry(self) -> dict:
+        """The options that every operator takes, of the public functions, of plain code and of the oracle."""
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "border": self.border,
+            "dilation": self.dilation,
+            "causal": self.causal,
+        }
+
     def maps(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Query, key, value and a gradient of the output."""
         generator = torch.Generator().manual_seed(self.seed)
         long = (self.spread / (abs(self.factor) or 1.0) * self.key_depth**-0.5) ** 0.5
-        lengths, depths = (long, long, self.magnitude, 1.0), (self.key_depth,) * 2 + (self.value_depth,) * 2
+        keys, kv_heads = self.keys or self.size, self.kv_heads or self.heads
         maps = []
-        for layout, length, depth in zip(self.layouts, lengths, depths, strict=True):
-            x = length * torch.randn(self.batch, self.heads * depth, *self.size, generator=generator)
+        for layout, length, channels, size in zip(
+            self.layouts,
+            (long, long, self.magnitude, 1.0),
+            (self.heads * self.key_depth, kv_heads * self.key_depth, kv_heads * self.value_depth)
+            + (self.heads * self.value_depth,),
+            (self.size, keys, keys, self.size),
+            strict=True,
+        ):
+            x = length * torch.randn(self.batch, channels, *size, generator=generator)
             maps.append(lay_out(x.to(device, dtype), layout))
         return maps
+
+    def bias_numbers(self, dtype: torch.dtype, device: str) -> Tensor | None:
+        """[heads, kH*kW], [heads, kH, kW] or [heads, 2*kH-1, 2*kW-1], not contiguous."""
+        if self.bias == "none":
+            return None
+        displacements = tuple(2 * k - 1 for k in self.kernel)
+        shape = {"slot": (self.slots,), "patch": self.kernel, "displacement": displacements}[self.bias]
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        bias = self.spread * torch.randn(*reversed(shape), self.heads, generator=generator)
+        return bias.to(device, dtype).permute(*reversed(range(bias.dim())))
+
+    def mask(self, device: str) -> Tensor | None:
+        """[B, Hk, Wk], False where no key is; not contiguous."""
+        if self.key_mask == "none":
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 4)
+        height, width = self.keys or self.size
+        chances = torch.rand(self.batch, width, height, generator=generator)
+        return (chances < {"most": 0.7, "little": 0.15, "nothing": 0.0}[self.key_mask]).to(device).transpose(1, 2)
 
     def weights(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Weights of any sign, [B, heads, H, W, kH*kW], not contiguous, and a gradient of such."""
@@ -98,28 +155,37 @@ def _nan(x: Tensor, *shape: int) -> Tensor:
 
 
 @st.composite
-def problems(draw, largest: int = 17, deepest: int = 40, most: int = 3, work: int = 2**19):
+def problems(draw, largest: int = 17, deepest: int = 40, most: int = 4, work: int = 2**19, plain: bool = False):
     """Problems of maps up to `largest` pixels wide, `deepest` channels per head, `most` images and heads.
 
-    `work` bounds the numbers that plain code stores for them.
+    `work` bounds the numbers that plain code stores for them. `plain` ones the triton backend computes; of the others
+    a third is of that kind too.
     """
     size = draw(st.integers(1, largest)), draw(st.integers(1, largest))
-    extent = st.one_of(st.integers(1, 7), st.integers(1, largest + 4))
-    kernel = draw(st.one_of(st.tuples(extent, extent), extent.map(lambda k: (k, k)), extent.map(lambda k: (k, 1))))
+    if plain or draw(st.sampled_from((True, False, False, False))):
+        window = {"border": (draw(st.sampled_from(("zeros", "mask"))),) * 2}
+        kernel = draw(kernels((largest + 4, largest + 4)))
+    else:
+        window = draw(windows(size, largest))
+        kernel = draw(kernels(largest_kernel(**window, size=size, largest=largest)))
+        plain_bias = ["none", "none", "slot", "patch"]
+        window["bias"] = draw(st.sampled_from(plain_bias + 3 * ["displacement"] * ("shift" in window["border"])))
+        window["key_mask"] = draw(st.sampled_from(("none", "none", "most", "little", "most", "nothing")))
     left = max(1, work // (size[0] * size[1] * kernel[0] * kernel[1]))
+    heads = draw(st.integers(1, min(most, left)))
+    left = max(1, left // heads)
     channels = min(deepest, left)
     depth = st.one_of(st.sampled_from([d for d in (1, 8, 16, 32) if d <= channels]), st.integers(1, channels))
     depths = draw(depth), draw(depth)
-    left = max(1, left // max(depths))
-    heads = draw(st.integers(1, min(most, left)))
+    if "dilation" in window:
+        window["kv_heads"] = draw(st.sampled_from([None] + [n for n in range(1, heads + 1) if heads % n == 0]))
     return Problem(
-        batch=draw(st.integers(1, min(most, max(1, left // heads)))),
+        batch=draw(st.integers(1, min(most, max(1, left // max(depths))))),
         heads=heads,
         key_depth=depths[0],
         value_depth=depths[1],
         size=size,
         kernel=kernel,
-        border=draw(st.sampled_from(("zeros", "mask"))),
         scale=draw(st.sampled_from((1.0, None, 0.3, -0.7, 1.0, None, 0.0))),
         layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(4)),
         wanted=draw(st.sampled_from(GRADIENTS)),
@@ -127,7 +193,52 @@ def problems(draw, largest: int = 17, deepest: int = 40, most: int = 3, work: in
         spread=draw(st.sampled_from((1.0, 0.3, 4.0))),
         magnitude=draw(st.sampled_from((1.0, 0.1, 8.0))),
         seed=draw(st.integers(0, 2**32)),
+        **window,
     )
+
+
+@st.composite
+def windows(draw, size: tuple[int, int], largest: int) -> dict:
+    """Grid of the keys, border, dilation and causality, of those that go together."""
+    pixels = st.integers(1, largest)
+    twice, half = tuple(min(2 * n, largest) for n in size), tuple((n + 1) // 2 for n in size)
+    keys = draw(st.one_of(st.none(), st.none(), st.sampled_from((twice, half, (1, 1))), st.tuples(pixels, pixels)))
+    causal = draw(st.sampled_from((False, False, False, False, True, "raster", (True, False), (False, True), "raster")))
+    if causal == "raster":
+        of_y = of_x = ("zeros", "mask")
+    else:
+        of_y, of_x = (ENDING if end else BORDERS for end in causality(causal))
+    first = draw(st.sampled_from(of_y))
+    border = first, draw(st.sampled_from([first if first in of_x else "mask", *of_x]))
+    steps = st.sampled_from((1, 1, 2, 3, 5))
+    dilation = draw(st.one_of(st.just((1, 1)), st.tuples(steps, steps)))
+    dilation = tuple(
+        min(step, n) if name == "shift" else step for step, n, name in zip(dilation, keys or size, border, strict=True)
+    )
+    return {"keys": keys, "border": border, "dilation": dilation, "causal": causal}
+
+
+def causality(causal) -> tuple[bool, bool]:
+    """Whether windows end at the query, on each axis."""
+    return {False: (False, False), True: (True, True), "raster": (False, False)}.get(causal, causal)
+
+
+def largest_kernel(keys, border, dilation, causal, size: tuple[int, int], largest: int) -> tuple[int, int]:
+    """What the border can serve on each axis."""
+    limits = []
+    for n, name, step, end in zip(keys or size, border, dilation, causality(causal), strict=True):
+        reach = {"reflect": n - 1, "circular": n}.get(name, step * largest)
+        limit = n // step if name == "shift" and not end else 2 * (reach // step) + 1
+        limits.append(min(limit, largest + 4))
+    return tuple(limits)
+
+
+@st.composite
+def kernels(draw, limits: tuple[int, int]) -> tuple[int, int]:
+    """Oblong windows, square ones as far as the limits allow, and columns."""
+    of_y, of_x = (st.one_of(st.integers(1, min(7, n)), st.integers(1, n)) for n in limits)
+    height = draw(of_y)
+    return height, draw(st.one_of(of_x, st.just(min(height, limits[1])), st.just(1)))
 
 
 def for_each(strategy, count: int, name: str, check: Callable[[Problem], None]) -> None:

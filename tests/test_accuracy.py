@@ -1,5 +1,6 @@
 """Random problems against the oracle, within twice the error of plain PyTorch in the same dtype."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ def attention_and_lse(*args, **kwargs):
 
 
 ATTENTION = Operator(
-    ("query", "key", "value"),
+    ("query", "key", "value", "bias"),
     ("out", "lse"),
     attention_and_lse,
     plain.attention,
@@ -42,7 +43,7 @@ ATTENTION = Operator(
     oracle.attention_gradients,
 )
 SIMILARITY = Operator(
-    ("query", "key"),
+    ("query", "key", "bias"),
     ("weight",),
     local_similarity,
     plain.similarity,
@@ -64,7 +65,8 @@ AGGREGATE = Operator(
 @pytest.mark.parametrize("operator", [ATTENTION, SIMILARITY, AGGREGATE], ids=["attention", "similarity", "aggregate"])
 def test_random_problems(operator, target, dtype):
     # The interpreter takes its time.
-    strategy = problems(largest=7, deepest=20, most=2) if target.interpreted else problems()
+    plain = target.backend == "triton"
+    strategy = problems(largest=7, deepest=20, most=2, plain=plain) if target.interpreted else problems(plain=plain)
     name = f"{operator.inputs} {target} {dtype}"
     for_each(strategy, COUNTS[target.backend], name, lambda problem: check(operator, problem, target, dtype))
 
@@ -95,20 +97,19 @@ def test_fp32_is_the_baseline_to_a_hundred_thousandth(target, kernel):
 def check(operator: Operator, problem: Problem, target, dtype) -> None:
     """Results and gradients are within their budgets and in the memory format of the map they belong to."""
     inputs, upstream = numbers(operator, problem, dtype, target.device)
-    wanted = [name for name, want in zip(operator.inputs, problem.wanted, strict=False) if want]
-    asked, meant = ({"heads": problem.heads, "border": problem.border} for _ in range(2))
-    if operator is not AGGREGATE:
-        asked["scale"], meant["scale"] = problem.scale, problem.factor
+    wanted = [name for name, want in zip(operator.inputs, problem.wanted, strict=False) if want and name in inputs]
+    options = asked(operator, problem, target.device)
 
-    def ours(*args):
-        return operator.ours(*args, problem.kernel, backend=target.backend, **asked)
+    def ours(**maps):
+        scale = {} if operator is AGGREGATE else {"scale": problem.scale}
+        return operator.ours(**maps, kernel_size=problem.kernel, backend=target.backend, **options | scale)
 
     got = run(ours, operator, inputs, upstream, wanted)
-    usual = plain_results(operator, inputs, upstream, wanted, problem, meant)
-    exact = exact_results(operator, inputs, upstream, problem, meant)
+    usual = plain_results(operator, inputs, upstream, wanted, problem)
+    exact = exact_results(operator, inputs, upstream, problem)
     if dtype.itemsize == 2 and "lse" in got:  # which is fp32, and as exact
-        wide = {name: x.float() for name, x in inputs.items()}
-        usual["lse"] = plain_results(operator, wide, upstream, [], problem, meant)["lse"]
+        as_fp32 = {name: x.float() for name, x in inputs.items()}
+        usual["lse"] = plain_results(operator, as_fp32, upstream, [], problem)["lse"]
     for name, x in got.items():
         assert_within(name, x, usual[name], exact[name], torch.finfo(x.dtype).eps)
         if name.startswith("gradient") and x.dim() == 4:
@@ -120,17 +121,26 @@ def numbers(operator: Operator, problem: Problem, dtype, device):
     """The operator's inputs by name, and gradients of its results, None where the loss does not use one."""
     query, key, value, grad = problem.maps(dtype, device)
     weight, grad_weight = problem.weights(dtype, device)
-    every = {"query": query, "key": key, "value": value, "weight": weight}
+    bias = problem.bias_numbers(dtype, device)
+    every = {"query": query, "key": key, "value": value, "weight": weight, "bias": bias}
     grads = {"out": grad, "lse": problem.lse_gradient(dtype, device), "weight": grad_weight}
     if operator is ATTENTION and problem.used != "both":
         grads["lse" if problem.used == "out" else "out"] = None
-    return {name: every[name] for name in operator.inputs}, [grads[name] for name in operator.results]
+    inputs = {name: every[name] for name in operator.inputs if every[name] is not None}
+    return inputs, [grads[name] for name in operator.results]
+
+
+def asked(operator: Operator, problem: Problem, device) -> dict:
+    """The options of a problem, as plain code takes them."""
+    if operator is AGGREGATE:
+        return problem.geometry
+    return problem.geometry | {"scale": problem.factor, "key_mask": problem.mask(device)}
 
 
 def run(function, operator: Operator, inputs, upstream, wanted) -> dict:
     """Results and wanted gradients by name."""
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-    results = function(*leaves.values())
+    results = function(**leaves)
     results = results if isinstance(results, tuple) else (results,)
     named = dict(zip(operator.results, results, strict=True))
     used = [(x, g.to(x.dtype)) for x, g in zip(results, upstream, strict=True) if g is not None and x.requires_grad]
@@ -142,32 +152,39 @@ def run(function, operator: Operator, inputs, upstream, wanted) -> dict:
     return named | {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}
 
 
-def plain_results(operator: Operator, inputs, upstream, wanted, problem: Problem, options) -> dict:
+def plain_results(operator: Operator, inputs, upstream, wanted, problem: Problem) -> dict:
     """What plain code gives, by name: in the dtype as it is, then with random roundings, more often for few numbers."""
-    dtype = inputs[operator.inputs[0]].dtype
+    query = inputs[operator.inputs[0]]
 
-    def usual(*args, **more):
-        return operator.plain(*args, problem.kernel, **options, **more)
+    def usual(options, **maps):
+        return operator.plain(**maps, kernel=problem.kernel, **options)
 
-    draws = [run(usual, operator, inputs, upstream, wanted)]
+    options = asked(operator, problem, query.device)
+    draws = [run(functools.partial(usual, options), operator, inputs, upstream, wanted)]
     inputs = {name: wide(x) for name, x in inputs.items()}
     upstream = [g if g is None else wide(g) for g in upstream]
-    in_steps = {"softmax": plain.softmax_in_steps} if operator is ATTENTION else {}
+    options = asked(operator, problem, "cpu")
+    if operator is ATTENTION:
+        options["softmax"] = plain.softmax_in_steps
     for seed in range(max(3, min(16, 512 // problem.queries))):
-        with Rounding(torch.finfo(dtype).eps, seed):
-            draws.append(run(lambda *args: usual(*args, **in_steps), operator, inputs, upstream, wanted))
+        with Rounding(torch.finfo(query.dtype).eps, seed):
+            draws.append(run(functools.partial(usual, options), operator, inputs, upstream, wanted))
     return {name: [draw[name] for draw in draws] for name in draws[0]}
 
 
-def exact_results(operator: Operator, inputs, upstream, problem: Problem, options) -> dict:
-    """What the oracle says, by name."""
-    maps = [wide(x).numpy() for x in inputs.values()]
-    answers = operator.exact(*maps, problem.kernel, **options)
+def exact_results(operator: Operator, inputs, upstream, problem: Problem) -> dict:
+    """What the oracle says, by name; gradients of what the operator was given."""
+    maps = {name: wide(x).numpy() for name, x in inputs.items()}
+    options = asked(operator, problem, "cpu") | {"kernel": problem.kernel}
+    if options.get("key_mask") is not None:
+        options["key_mask"] = options["key_mask"].numpy()
+    answers = operator.exact(**maps, **options)
     answers = answers if isinstance(answers, tuple) else (answers,)
     grads = [np.zeros(x.shape) if g is None else wide(g).numpy() for x, g in zip(answers, upstream, strict=True)]
-    gradients = operator.exact_gradients(*grads, *maps, problem.kernel, **options)
+    gradients = operator.exact_gradients(*grads, **maps, **options)
+    gradients = [x for x in gradients if x is not None]  # that of a bias is None where there is none
     named = zip(operator.results, answers, strict=True)
-    named = [*named, *zip((f"gradient of {name}" for name in operator.inputs), gradients, strict=True)]
+    named = [*named, *zip((f"gradient of {name}" for name in inputs), gradients, strict=True)]
     return {name: torch.from_numpy(x) for name, x in named}
 
 
@@ -178,7 +195,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 def assert_formats(operator: Operator, got: dict, inputs: dict, upstream: list) -> None:
     """Maps are channels_last where the map they follow is, and contiguous where not, as all weights are."""
     if operator is ATTENTION:
-        followed = {"out": "query", **{f"gradient of {name}": name for name in inputs}}
+        followed = {"out": "query", **{f"gradient of {name}": name for name in inputs if name != "bias"}}
     elif operator is SIMILARITY:
         followed = {"gradient of query": "key", "gradient of key": "query"}
     else:

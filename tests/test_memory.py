@@ -17,7 +17,14 @@ from image_local_attention import backends, local_aggregate, local_attention, lo
 from problems import LAYOUTS, lay_out
 
 HEADS, KERNEL = 2, (3, 5)
-BACKEND_FUNCTIONS = ("attention", "attention_backward", "similarity", "aggregate", "aggregate_transpose")
+BACKEND_FUNCTIONS = (
+    "attention",
+    "attention_backward",
+    "similarity",
+    "aggregate",
+    "aggregate_transpose",
+    "bias_gradient",
+)
 
 
 class Allocations(TorchDispatchMode):
@@ -106,6 +113,37 @@ def test_unfused_backends_allocate_results_only(target, size, counted, layout, a
     allocations.sizes.clear()
     grads = torch.autograd.grad(out, (q, k, v), grad)
     assert allocations.at_least(counted) == nbytes(*grads, weight)
+
+
+GENERAL = {  # options, and how many key pixels there are to a query pixel on each axis
+    "grouped heads": ({"kv_heads": 2}, (1, 1)),
+    "finer keys": ({"border": "mask"}, (1, 2)),
+    "coarser keys, grouped heads": ({"kv_heads": 2, "border": "shift"}, (1, 0.5)),
+    "dilation": ({"border": ("circular", "zeros"), "dilation": (1, 3)}, (1, 1)),
+    "key mask": ({"border": "reflect", "masked": True}, (1, 1)),
+    "raster": ({"border": "mask", "causal": "raster"}, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("case", GENERAL.values(), ids=GENERAL)
+def test_general_windows_of_tiled_copy_no_map(case, layout, allocations):
+    """Of what is as large as three quarters of the smallest map there are the results only."""
+    options, ratio = case
+    options = {"heads": 4, "backend": "tiled"} | options
+    heads, kv_heads, side = 4, options.get("kv_heads", 4), 160
+    size = [round(side * r) for r in ratio]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 16 * heads, side, side), *[(1, 16 * kv_heads, *size)] * 2, (1, 16 * heads, side, side)
+    q, k, v, grad = (lay_out(torch.randn(shape, generator=generator), layout) for shape in shapes)
+    there = torch.ones(1, *size, dtype=torch.bool) if options.pop("masked", False) else None
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    counted = min(x.numel() for x in (q, k)) * 4 * 3 // 4  # more than the scores, 1 MiB
+    out, lse = local_attention(q, k, v, KERNEL, return_lse=True, key_mask=there, **options)
+    assert allocations.at_least(counted) == [n for n in nbytes(out, lse) if n >= counted]
+    allocations.sizes.clear()
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    assert allocations.at_least(counted) == [n for n in nbytes(*grads, lse) if n >= counted]
 
 
 @pytest.mark.parametrize("kernel", [3, 9, 21])

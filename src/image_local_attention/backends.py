@@ -1,7 +1,8 @@
 """Which backend computes an operator: one table, read when the operator runs.
 
-A backend is a module with the functions `attention`, `attention_backward`, `similarity`, `aggregate` and
-`aggregate_transpose` over heads `[B, heads, H, W, D]`; its results lie in maps made by `maps.empty_heads`.
+A backend is a module with the functions `attention`, `attention_backward`, `similarity`, `aggregate`,
+`aggregate_transpose` and `bias_gradient` over heads `[B, heads, H, W, D]`; its results lie in maps made by
+`maps.empty_heads`.
 """
 
 import functools
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from .rules import Rules
+
 NAMES = ("triton", "tiled", "reference")
 _MODULES = {"triton": ".kernels", "tiled": ".tiled", "reference": ".reference"}
 
@@ -20,19 +23,35 @@ TRITON_MAX_DEPTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 TRITON_MIN_CAPABILITY = (8, 0)  # NVIDIA; bf16 and asynchronous copies begin there
 
 
-def resolve(backend: str | None, device: torch.device, dtype: torch.dtype, depth: int) -> ModuleType:
+def resolve(
+    backend: str | None, device: torch.device, dtype: torch.dtype, depth: int, beyond: str | None = None
+) -> ModuleType:
     """The module to run for maps of a device, dtype and (largest) number of channels per head.
 
-    None takes triton where it can run and tiled everywhere else. Raises ValueError where a demanded backend
-    cannot run, with the reason.
+    beyond: what is asked for that the triton backend does not compute, by `beyond_kernels`. None as the backend takes
+    triton where it can run and tiled everywhere else. Raises ValueError where a demanded backend cannot run, with the
+    reason.
     """
     if backend in (None, "triton"):
-        obstacle = triton_obstacle(device, dtype, depth)
+        obstacle = beyond or triton_obstacle(device, dtype, depth)
         if backend is None:
             backend = "tiled" if obstacle or device.type == "cpu" else "triton"
         elif obstacle:
             raise ValueError(f"backend='triton' cannot run here: {obstacle}")
     return importlib.import_module(_MODULES[backend], __package__)
+
+
+def beyond_kernels(
+    rules: Rules, heads: int, kv_heads: int, queries: tuple[int, int], size: tuple[int, int]
+) -> str | None:
+    """What the triton backend does not compute yet of an attention from `queries` to a map of `size`, or None."""
+    if not rules.window.slides(size, queries):
+        return "its windows have border zeros or mask, dilation 1 and no causality, on grids of one size, so far"
+    if rules.bias is not None or rules.key_mask is not None:
+        return "it takes no bias and no key_mask so far"
+    if heads != kv_heads:
+        return f"it takes as many kv_heads as heads so far, got {kv_heads} and {heads}"
+    return None
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:

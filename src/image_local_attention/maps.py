@@ -1,5 +1,7 @@
 """Views between maps `[B, heads*D, H, W]` and heads `[B, heads, H, W, D]`; no copies."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,16 +23,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def empty_map(like: Tensor, channels: int) -> Tensor:
-    """Uninitialised [B, channels, H, W] with batch, size, dtype, device and memory format of the map `like`."""
-    b, _, h, w = like.shape
-    return torch.empty((b, channels, h, w), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+def empty_map(like: Tensor, channels: int, size: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised [B, channels, H, W] with batch, dtype, device, memory format and (None) size of the map `like`."""
+    shape = like.shape[0], channels, *(like.shape[2:] if size is None else size)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
-def empty_heads(like: Tensor, depth: int) -> Tensor:
-    """Uninitialised [B, heads, H, W, depth] over a fresh map in the memory format of the map under `like`."""
-    heads = like.shape[1]
-    return split_heads(empty_map(merge_heads(like), heads * depth), heads)
+def empty_heads(like: Tensor, depth: int, heads: int | None = None, size: Sequence[int] | None = None) -> Tensor:
+    """Uninitialised [B, heads, H, W, depth] over a fresh map in the memory format of the map under `like`.
+
+    None: as many heads, and the size, of `like`.
+    """
+    heads = like.shape[1] if heads is None else heads
+    return split_heads(empty_map(merge_heads(like), heads * depth, size), heads)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

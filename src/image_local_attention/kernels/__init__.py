@@ -1,13 +1,14 @@
 """The triton backend: launches of the kernels on heads `[B, heads, H, W, D]` of any strides.
 
 The fused forward takes the output and one float per pixel and head, the backward the gradients and one float per
-pixel and head (delta). Maps are read where they lie.
+pixel and head (delta). Maps are read where they lie. What these kernels do not compute yet, `obstacle` names.
 """
 
 import torch
 from torch import Tensor
 
 from ..maps import empty_heads
+from ..rules import Rules
 from ..window import Window
 from . import attention as fused
 from . import unfused
@@ -18,13 +19,12 @@ LOG2E = 1.4426950408889634
 TINY = 2.0**-126  # the least normal fp32, for a scale of 0: its product with minus infinity is no NaN
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, scale: float, precision: str
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """Output [B, heads, H, W, Dv] and natural log-sum-exp [B, heads, H, W] in fp32."""
+    window, scale = rules.window, rules.scale
     out = empty_heads(query, value.shape[4])
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
-    launch = Launch("forward", (query,), (key, value), window, window.lead, precision)
+    launch = Launch("forward", (query,), (key, value), window, window.lead, rules.precision)
     q, k, v = launch.sources
     launch(
         fused.forward_kernel,
@@ -49,14 +49,13 @@ def attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    wanted: tuple[bool, bool, bool],
-    window: Window,
-    scale: float,
-    precision: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wanted: tuple[bool, bool, bool, bool],
+    rules: Rules,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """Gradients of query, key and value; None where not wanted."""
+    window, scale, precision = rules.window, rules.scale, rules.precision
     grad_query, grad_key, grad_value = (
-        empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted, strict=True)
+        empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted[:3], strict=True)
     )
     delta = _delta(grad_out, grad_lse, out, window)
     inputs = query, key, value, grad_out, lse, delta
@@ -64,7 +63,7 @@ def attention_backward(
         _grad_query(*inputs, grad_query, window, scale, precision)
     if grad_key is not None or grad_value is not None:
         _grad_key_value(*inputs, grad_key, grad_value, window, scale, precision)
-    return grad_query, grad_key, grad_value
+    return grad_query, grad_key, grad_value, None
 
 
 def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, window: Window) -> Tensor:
@@ -118,18 +117,19 @@ def _grad_key_value(query, key, value, grad_out, lse, delta, grad_key, grad_valu
     )
 
 
-def similarity(query: Tensor, key: Tensor, window: Window, scale: float, absent: float, precision: str) -> Tensor:
+def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tensor:
     """scale * <q, k_ij>, [B, heads, H, W, kH*kW]; `absent` where key ij does not take part."""
+    window = rules.window
     weight = query.new_empty((*query.shape[:4], window.slots))
     depth = query.shape[4]
-    launch = Launch("unfused", (query,), (key,), window, window.lead, precision)
+    launch = Launch("unfused", (query,), (key,), window, window.lead, rules.precision)
     q, k = launch.sources
     launch(
         unfused.similarity_kernel,
         *(q.handle, k.handle, weight),
         *(q.strides, k.strides, weight.stride()),
         *launch.size,
-        scale,
+        rules.scale,
         absent,
         addressed=(query, key, weight),
         **ways(q=q, k=k),
@@ -140,16 +140,16 @@ def similarity(query: Tensor, key: Tensor, window: Window, scale: float, absent:
     return weight
 
 
-def aggregate(weight: Tensor, value: Tensor, window: Window, scale: float, precision: str) -> Tensor:
+def aggregate(weight: Tensor, value: Tensor, rules: Rules) -> Tensor:
     """scale * sum_ij weight_ij * v_ij over the keys in the map."""
-    launch = Launch("unfused", (), (value,), window, window.lead, precision)
-    return _weighted_sum(launch, unfused.aggregate_kernel, weight, value, scale)
+    launch = Launch("unfused", (), (value,), rules.window, rules.window.lead, rules.precision)
+    return _weighted_sum(launch, unfused.aggregate_kernel, weight, value, rules.scale)
 
 
-def aggregate_transpose(weight: Tensor, vector: Tensor, window: Window, scale: float, precision: str) -> Tensor:
+def aggregate_transpose(weight: Tensor, vector: Tensor, kv_heads: int, size: tuple[int, int], rules: Rules) -> Tensor:
     """The transpose of `aggregate`: each pixel sends scale * weight_ij * vector to key ij."""
-    launch = Launch("unfused", (), (vector,), window, window.query_lead, precision)
-    return _weighted_sum(launch, unfused.aggregate_transpose_kernel, weight, vector, scale)
+    launch = Launch("unfused", (), (vector,), rules.window, rules.window.query_lead, rules.precision)
+    return _weighted_sum(launch, unfused.aggregate_transpose_kernel, weight, vector, rules.scale)
 
 
 def _weighted_sum(launch: Launch, kernel, weight: Tensor, x: Tensor, scale: float) -> Tensor:

@@ -247,7 +247,8 @@ def test_missing_and_strange_weights_are_told():
 
 def test_it_says_what_it_is():
     assert LocalAttention(3, 8, 3, 5).extra_repr() == (
-        "kernel_size=(3, 5), heads=1, kv_heads=1, scale=1.0, border='zeros', dilation=1, causal=False"
+        "kernel_size=(3, 5), heads=1, kv_heads=1, scale=1.0, border='zeros', dilation=1, causal=False, "
+        "position_bias=False"
     )
     text = repr(built(**FULL))
     said = (

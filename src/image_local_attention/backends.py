@@ -1,8 +1,8 @@
 """Which backend computes an operator: one table, read when the operator runs.
 
 A backend is a module with the functions `attention`, `attention_backward`, `similarity`, `aggregate`,
-`aggregate_transpose` and `bias_gradient` over heads `[B, heads, H, W, D]`; its results lie in maps made by
-`maps.empty_heads`.
+`aggregate_transpose` and, where it takes a bias, `bias_gradient` over heads `[B, heads, H, W, D]`; its results lie in
+maps made by `maps.empty_heads`.
 """
 
 import functools

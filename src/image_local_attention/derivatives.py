@@ -137,14 +137,16 @@ class Terms(NamedTuple):
 
 
 def _save(ctx, *tensors: Tensor | None) -> None:
+    """What is saved for forward mode outlives the backward pass, so it is saved only there."""
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    if forward_mode():
+        ctx.save_for_forward(*tensors)
 
 
 def _save_attention(ctx, inputs, output) -> None:
     query, key, value, bias, key_mask, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    _save(ctx, query, key, value, bias, key_mask, *output)
+    ctx.save_for_backward(query, key, value, bias, key_mask, *output)
 
 
 def _differentiate_attention(ctx, grad_out, grad_lse):
@@ -162,7 +164,7 @@ def _differentiate_attention(ctx, grad_out, grad_lse):
 def _save_attention_backward(ctx, inputs, output) -> None:
     grad_out, grad_lse, _, _, query, key, value, bias, key_mask, ctx.wanted, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    _save(ctx, grad_out, grad_lse, query, key, value, bias, key_mask)
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value, bias, key_mask)
 
 
 def _differentiate_attention_backward(ctx, *grads):

@@ -3,7 +3,6 @@
 Tiles, queries and keys are numbered column by column: N is [b, h, tiles], M is [TW, folded, TH], K is [C, R].
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -76,16 +75,26 @@ class Terms:
         self.by_displacement = by_displacement
         self.like = like
         maps = 1 if bias is None else len(bias)
-        kept = max(1, KEPT // (maps * plan.scores[0] * plan.scores[1]))
-        self.term = functools.lru_cache(maxsize=kept)(self._term)
+        self.most = max(1, KEPT // (maps * plan.scores[0] * plan.scores[1]))
+        self.kept: dict[Patterns, Tensor] = {}
 
     def add(self, scores: Tensor, chunk: range, strip: int) -> None:
         """Adds them to the scores [N, M, K] of some tiles."""
         for tiles, patterns in alike(scores, self.plan, chunk, strip):
-            term = self.term(patterns)  # [h or 1, M, K]
+            term = self.of(patterns)  # [h or 1, M, K]
             if len(term) > 1:
                 tiles, term = tiles.unflatten(0, (-1, len(term))), term[:, None]
             tiles += term
+
+    def of(self, patterns: Patterns) -> Tensor:
+        """[h or 1, M, K] of a tile; those of the latest patterns are kept."""
+        term = self.kept.pop(patterns, None)
+        if term is None:
+            if len(self.kept) == self.most:
+                del self.kept[next(iter(self.kept))]
+            term = self._term(patterns)
+        self.kept[patterns] = term
+        return term
 
     def _term(self, patterns: Patterns) -> Tensor:
         """[h or 1, M, K] of a tile, stored key by key."""

@@ -1,7 +1,8 @@
 """The triton backend: launches of the kernels on heads `[B, heads, H, W, D]` of any strides.
 
 The fused forward takes the output and one float per pixel and head, the backward the gradients and one float per
-pixel and head (delta). Maps are read where they lie. What these kernels do not compute yet, `obstacle` names.
+pixel and head (delta). Maps are read where they lie. What these kernels do not compute yet,
+`backends.beyond_kernels` names.
 """
 
 import torch

@@ -18,7 +18,8 @@ class Launch:
     """A launch over maps [B, heads, H, W, D]: each program keeps a tile of some and streams the halo of others.
 
     `lead` is how many columns the halo begins left of the tile. `sources` are those of the kept, then of the
-    streamed maps. Tiles are shifted left by `shift` columns, so that their halos begin where copies are cheap.
+    streamed maps. Tiles are shifted left by `shift` columns, and halos begin `pad` columns early where their
+    blocks cover these anyway, so that copies begin where they are cheap.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.172
             Row(128, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x128-k13 0.662
             Row(128, 40, Plan((8, 8), 64, 4, 3)),
-            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81 14.1 on an H100
+            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
@@ -151,7 +151,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x64-k13 0.699
             Row(64, ANY, Plan((16, 4), 16, 4)),  # 512-64-k21
             Row(128, 13, Plan((16, 4), 32, 4, keep_by_pointer=True)),  # 8x128-8x128-k13
-            Row(128, ANY, Plan((8, 8), 16, 4, 3)),  # 256-24x128-k81 30.5 on an H100
+            Row(128, ANY, Plan((8, 8), 16, 4, 3)),  # 256-24x128-k81
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (

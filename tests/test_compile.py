@@ -64,7 +64,7 @@ def test_compiled_with_options(target, operator, options):
 def test_compiled_log_sum_exp(target):
     def function(*maps):
         out, lse = local_attention(*maps, KERNEL, scale=None, return_lse=True, border="mask", backend=target.backend)
-        return out * lse.sum()
+        return out + lse  # no sum over pixels: the order of its terms is the compiler's
 
     size = (2, 3) if target.interpreted else (6, 7)
     check_compiled(function, Options(queries=size, keys=size).maps(target.device), compiler(target))

@@ -61,21 +61,20 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, 2048-32-k7
             Row(32, ANY, Plan((4, 8), 64, 1, 3)),  # 512-4x16-k21 0.397
-            Row(64, 9, Plan((8, 8), 64, 4, 3)),  # 8x128-8x64-k7 0.242
+            Row(64, 9, Plan((4, 8), 32, 1, 3)),  # 8x128-8x64-k7 0.216, 64-2x64-k7 0.0128
             Row(64, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x64-k13 0.352
             Row(64, ANY, Plan((8, 8), 64, 4, 3)),  # 512-64-k21 0.162
             Row(128, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x128-k13
-            Row(128, 40, Plan((8, 8), 64, 4, 3)),
-            Row(128, ANY, Plan((8, 16), 64, 8, 3)),  # 256-24x128-k81 13.5
+            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81 13.6
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
             Row(16, 13, Plan((8, 8), 32, 1, 3)),  # 512-4x16-k7
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.454
-            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True)),  # 2048-32-k7
-            Row(64, 13, Plan((4, 16), 32, 4, 3)),  # 8x128-8x64-k7 0.410, 8x128-8x64-k13 0.559
-            Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.253
-            Row(128, 40, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x128-k13
+            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.952
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.386, 8x128-8x64-k13 0.540
+            Row(64, ANY, Plan((8, 8), 32, 4, 4, keep_by_pointer=True, stream_by_pointer=True)),  # 512-64-k21 0.254
+            Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 0.964
             Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 18.7
             Row(256, ANY, Plan((4, 16), 32, 8)),
         ),
@@ -104,21 +103,20 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376
-            Row(64, 9, Plan((8, 8), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x64-k7
-            Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.373
-            Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.172
-            Row(128, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x128-k13 0.662
-            Row(128, 40, Plan((8, 8), 64, 4, 3)),
-            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81
+            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.235
+            Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.371
+            Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.168
+            Row(128, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x128-k13 0.650
+            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81 14.7
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.159
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479
-            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True)),  # 2048-32-k7
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, 8x128-8x64-k13
+            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.435, 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
-            Row(128, 40, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),
+            Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 1.16
             Row(128, ANY, Plan((8, 16), 32, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81
             Row(256, ANY, Plan((8, 8), 16, 8)),
         ),
@@ -145,22 +143,23 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     },
     "grad_key_value": {
         ("half", False): (
-            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.878
+            Row(16, 13, Plan((4, 8), 32, 1, keep_by_pointer=True)),  # 512-4x16-k7 0.151
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.876
             Row(32, ANY, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
-            Row(64, 9, Plan((4, 8), 16, 1, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.452
-            Row(64, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x64-k13 0.699
-            Row(64, ANY, Plan((16, 4), 16, 4)),  # 512-64-k21
-            Row(128, 13, Plan((16, 4), 32, 4, keep_by_pointer=True)),  # 8x128-8x128-k13
-            Row(128, ANY, Plan((8, 8), 16, 4, 3)),  # 256-24x128-k81
+            Row(64, 9, Plan((4, 8), 16, 1, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 8x128-8x64-k7 0.419
+            Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.678
+            Row(64, ANY, Plan((4, 4), 16, 1, stream_by_pointer=True)),  # 512-64-k21 0.361
+            Row(128, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x128-k13 1.27
+            Row(128, ANY, Plan((8, 8), 16, 4, 3)),  # 256-24x128-k81 31.4
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
-            Row(32, ANY, Plan((4, 16), 32, 2, 3)),  # 2048-32-k7
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, 8x128-8x64-k13
+            Row(32, ANY, Plan((4, 16), 32, 2, 3)),  # 2048-32-k7 1.75
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.680, 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
-            Row(128, 40, Plan((4, 16), 32, 4, keep_by_pointer=True)),  # 8x128-8x128-k13
+            Row(128, 40, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x128-k13 1.94
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-bench clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-bench gpu-options clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -35,6 +35,9 @@ gpu-test:
 GPU ?= h200
 gpu-bench:
 	PYTHONPATH=src $(PYTHON) -m benchmarks.run --group design --warm-up 16 --out benchmarks/results/$(GPU).json
+
+gpu-options:  ## what each window option costs
+	PYTHONPATH=src $(PYTHON) -m benchmarks.options --warm-up 16 --out benchmarks/results/options-$(GPU).json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -42,6 +42,7 @@ CHOICES = {
     "stages": (1, 2, 3, 4),
     "keep_by_pointer": (False, True),
     "stream_by_pointer": (False, True),
+    "hoist": (False, True),
 }
 FIRST, LATER = 64, 32  # candidates of the first and of a later round
 COMPILE_S = 120  # after which a process that compiles is killed
@@ -74,10 +75,9 @@ class Problem:
         self.grads = [empty_heads(x, x.shape[4]) for x in self.maps[:3]]
         window = Window((case.kernel, case.kernel), (case.border, case.border))
         self.rules = Rules(window, precision=case.precision)
-        self.how = window, 1.0, case.precision
         if exact:
             out, self.lse = kernels.attention(*self.maps[:3], self.rules)
-            self.delta = kernels._delta(self.maps[3], None, out, window)
+            self.delta = kernels._delta(self.maps[3], None, out)
         else:
             self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
 
@@ -87,10 +87,10 @@ class Problem:
         if task == "forward":
             return kernels.attention(query, key, value, self.rules)
         if task == "delta":
-            return (kernels._delta(grad_out, None, grad_out, self.how[0]),)
+            return (kernels._delta(grad_out, None, grad_out),)
         grads = self.grads[:1] if task == "grad_query" else self.grads[1:]
         launch = kernels._grad_query if task == "grad_query" else kernels._grad_key_value
-        launch(*inputs, *grads, *self.how)
+        launch(*inputs, *grads, self.rules)
         return tuple(grads)
 
     def poison(self) -> None:

@@ -64,28 +64,31 @@ class Row:
         return self.gpu, self.case, self.impl, self.mode, self.l2 or ""
 
 
-def load_rows(path: Path) -> list[Row]:
-    """The rows of a results file; ValueError where one has unknown, missing or mistyped fields, or comes twice."""
-    rows = [_row(entry, path) for entry in json.loads(path.read_text())]
+def load_rows(path: Path, kind: type = Row) -> list:
+    """The rows of a results file; ValueError where one has unknown, missing or mistyped fields, or comes twice.
+
+    kind: the rows' dataclass. Two rows with one `key` are the same.
+    """
+    rows = [_row(entry, path, kind) for entry in json.loads(path.read_text())]
     if len({row.key for row in rows}) != len(rows):
-        raise ValueError(f"{path} has two rows of one case, implementation, mode, L2 state and GPU")
+        raise ValueError(f"{path} has two rows of one case, option or implementation, mode, L2 state and GPU")
     return rows
 
 
-def _row(entry: dict, path: Path) -> Row:
-    types = get_type_hints(Row)
+def _row(entry: dict, path: Path, row: type) -> object:
+    types = get_type_hints(row)
     if entry.keys() != types.keys():
         raise ValueError(f"{path}: fields missing or unknown: {sorted(entry.keys() ^ types.keys())}, in {entry}")
     for name, kind in types.items():
         got = entry[name]
         if not isinstance(got, kind) or isinstance(got, bool):
             raise ValueError(f"{path}: {name} must be {kind}, got {got!r}, in {entry}")
-    return Row(**entry)
+    return row(**entry)
 
 
-def save_rows(path: Path, rows: Sequence[Row]) -> None:
+def save_rows(path: Path, rows: Sequence, kind: type = Row) -> None:
     """Writes rows, one a line, sorted; those of the file that have no newer one stay."""
-    merged = {row.key: row for row in (load_rows(path) if path.exists() else [])} | {row.key: row for row in rows}
+    merged = {row.key: row for row in (load_rows(path, kind) if path.exists() else [])} | {row.key: row for row in rows}
     lines = ",\n".join(json.dumps(asdict(merged[key])) for key in sorted(merged))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"[\n{lines}\n]\n")
@@ -234,17 +237,17 @@ def row_of(case: Case, impl: str, mode: str, l2: str | None, taken: Measurement,
         impl=impl,
         mode=mode,
         l2=l2,
-        **{name: _rounded(value) for name, value in asdict(taken).items()},
-        error=_rounded(err, 3),
-        floor_ms=_rounded(case.floor_ms(mode)) if h200 else None,
-        floor_share=_rounded(case.floor_ms(mode) / taken.ms_p50, 3) if h200 else None,
-        sketch_ms=_rounded(sketch_ms(case, mode)) if h200 else None,
-        extension_ms=_rounded(extension_ms(case, mode)) if h200 else None,
+        **{name: rounded(value) for name, value in asdict(taken).items()},
+        error=rounded(err, 3),
+        floor_ms=rounded(case.floor_ms(mode)) if h200 else None,
+        floor_share=rounded(case.floor_ms(mode) / taken.ms_p50, 3) if h200 else None,
+        sketch_ms=rounded(sketch_ms(case, mode)) if h200 else None,
+        extension_ms=rounded(extension_ms(case, mode)) if h200 else None,
         **where,
     )
 
 
-def _rounded(x: float | None, digits: int = 4) -> float | None:
+def rounded(x: float | None, digits: int = 4) -> float | None:
     return x if x is None or isinstance(x, int) else float(f"{x:.{digits}g}")
 
 
@@ -270,15 +273,15 @@ def compile_kernels(case: Case) -> None:
     torch.cuda.synchronize()
 
 
-def warm_up(cases: Sequence[Case], processes: int) -> list[Case]:
+def warm_up(cases: Sequence, processes: int, compile_one: Callable = compile_kernels) -> list:
     """Compiles the kernels of every case, `processes` at a time; the cases whose process failed.
 
-    Each has a process of its own: a failure prints its traceback and breaks no other case.
+    Each has a process of its own, which runs `compile_one`: a failure prints its traceback and breaks no other case.
     """
     spawn = multiprocessing.get_context("spawn")
 
-    def exit_code(case: Case) -> int:
-        process = spawn.Process(target=compile_kernels, args=(case,))
+    def exit_code(case: object) -> int:
+        process = spawn.Process(target=compile_one, args=(case,))
         process.start()
         process.join()
         return process.exitcode

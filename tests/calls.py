@@ -73,7 +73,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
-BEYOND = {  # what the triton backend does not compute
+BEYOND = {  # windows that are not plain
     "shift": Options("shift", dilation=(2, 1), bias=(5, 7)),
     "globe": Options(("mask", "circular"), bias=KERNEL, masked=True),
     "causal": Options(("zeros", "shift"), causal=(False, True), kv_heads=1, bias=(12,)),

@@ -2,6 +2,7 @@
 
     python tests/compile_kernels.py sm_90 --plans forward    # every row of the plan table of a task
     python tests/compile_kernels.py gfx942                   # every kernel once in half precision and in fp32
+    python tests/compile_kernels.py sm_90 --options          # every kernel with the options of windows
 
 The library's own launchers run up to the launch: a stub stands for the driver and says which GPU there is. Run it
 without TRITON_INTERPRET, in a process of its own.
@@ -86,12 +87,14 @@ def resources(kernel) -> dict[str, int]:
     return {"registers": registers, "shared": shared, "spills": stack}
 
 
-def maps(depth: int, dtype: torch.dtype, planes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def maps(
+    depth: int, dtype: torch.dtype, planes: bool, heads: int = 2, size: tuple[int, int] = (SIDE, SIDE)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A map as heads, columns or channels innermost, and its log-sum-exp."""
-    x = torch.empty(1, 2 * depth, SIDE, SIDE, dtype=dtype)
+    x = torch.empty(1, heads * depth, *size, dtype=dtype)
     if not planes:
         x = x.contiguous(memory_format=torch.channels_last)
-    return split_heads(x, 2), torch.empty(1, 2, SIDE, SIDE)
+    return split_heads(x, heads), torch.empty(1, heads, *size)
 
 
 def fused(task: str, x: torch.Tensor, lse: torch.Tensor, rules: Rules) -> None:
@@ -125,31 +128,64 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def every_kernel() -> Iterator[tuple[str, Callable[[], object]]]:
     """Each kernel in bf16 and in fp32, at 64 channels and a masked 7x7 window, both layouts."""
-    rules = Rules(Window((7, 7), ("mask", "mask")))
     for dtype in (torch.bfloat16, torch.float32):
         for planes in (False, True):
-            x, lse = maps(64, dtype, planes)
-            weight = torch.empty(*x.shape[:4], rules.window.slots, dtype=dtype)
-            heads_and_size = x.shape[1], x.shape[2:4]
-            calls = {
-                "forward": lambda x=x, lse=lse: fused("forward", x, lse, rules),
-                "grad_query": lambda x=x, lse=lse: fused("grad_query", x, lse, rules),
-                "grad_key_value": lambda x=x, lse=lse: fused("grad_key_value", x, lse, rules),
-                "similarity": lambda x=x: kernels.similarity(x, x, rules, 0.0),
-                "aggregate": lambda x=x, w=weight: kernels.aggregate(w, x, rules),
-                "transpose": lambda x=x, w=weight, to=heads_and_size: kernels.aggregate_transpose(w, x, *to, rules),
-            }
-            for name, call in calls.items():
-                yield f"{name} {dtype} {'planes' if planes else 'rows'}", call
+            name = f"{dtype} {'planes' if planes else 'rows'}"
+            yield from calls_of(name, dtype, planes, Rules(Window((7, 7), ("mask", "mask"))))
+
+
+def every_option() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each kernel in bf16 with the options of windows, those that go together at once."""
+    bias, displacements = torch.empty(2, 49, dtype=torch.bfloat16), torch.empty(2, 13, 13, dtype=torch.bfloat16)
+    mask = torch.empty(1, SIDE, SIDE, dtype=torch.bool)
+    options = {
+        "shift": Rules(Window((7, 7), ("shift", "shift"), (2, 1)), bias=displacements),
+        "causal": Rules(Window((7, 7), ("mask", "zeros"), causal=(True, True)), bias=bias, key_mask=mask),
+        "raster": Rules(Window((7, 7), raster=True), key_mask=mask),
+        "reflect": Rules(Window((7, 7), ("reflect", "replicate"), (1, 2)), bias=bias, key_mask=mask),
+        "circular": Rules(Window((7, 7), ("circular", "mask"))),
+    }
+    for i, (name, rules) in enumerate(options.items()):
+        planes = i % 2 == 0
+        yield from calls_of(f"{name} {'planes' if planes else 'rows'}", torch.bfloat16, planes, rules)
+        more = {"kv_heads": 1, "queries": (2 * SIDE, SIDE // 2)}
+        yield from calls_of(f"{name} grids {'rows' if planes else 'planes'}", torch.bfloat16, not planes, rules, **more)
+
+
+def calls_of(
+    name: str,
+    dtype: torch.dtype,
+    planes: bool,
+    rules: Rules,
+    kv_heads: int = 2,
+    queries: tuple[int, int] = (SIDE, SIDE),
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A launch of each kernel at 64 channels."""
+    x, lse = maps(64, dtype, planes, size=queries)
+    y, _ = maps(64, dtype, planes, kv_heads)
+    weight = torch.empty(*x.shape[:4], rules.window.slots, dtype=dtype)
+    unbiased = rules._replace(bias=None, key_mask=None)
+    wanted = (True, True, True, rules.bias is not None)
+    calls = {
+        "forward": lambda: kernels.attention(x, y, y, rules),
+        "backward": lambda: kernels.attention_backward(x, lse, x, y, y, x, lse, wanted, rules),
+        "similarity": lambda: kernels.similarity(x, y, rules, 0.0),
+        "aggregate": lambda: kernels.aggregate(weight, y, unbiased),
+        "transpose": lambda: kernels.aggregate_transpose(weight, x, kv_heads, (SIDE, SIDE), unbiased),
+        "bias": lambda: kernels.bias_gradient(weight, rules._replace(bias=None), (2, 49), (SIDE, SIDE)),
+    }
+    for kernel, call in calls.items():
+        yield f"{kernel} {name}", call
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("--plans", metavar="TASK")
+    parser.add_argument("--options", action="store_true")
     options = parser.parse_args()
     use_target(options.target)
-    launches = every_plan(options.plans) if options.plans else every_kernel()
+    launches = every_plan(options.plans) if options.plans else every_option() if options.options else every_kernel()
     for case, launch in launches:
         for name, kernel in compiled(launch):
             if not (options.plans and name == "delta_kernel"):

@@ -65,8 +65,7 @@ AGGREGATE = Operator(
 @pytest.mark.parametrize("operator", [ATTENTION, SIMILARITY, AGGREGATE], ids=["attention", "similarity", "aggregate"])
 def test_random_problems(operator, target, dtype):
     # The interpreter takes its time.
-    plain = target.backend == "triton"
-    strategy = problems(largest=7, deepest=20, most=2, plain=plain) if target.interpreted else problems(plain=plain)
+    strategy = problems(largest=7, deepest=20, most=2) if target.interpreted else problems()
     name = f"{operator.inputs} {target} {dtype}"
     for_each(strategy, COUNTS[target.backend], name, lambda problem: check(operator, problem, target, dtype))
 

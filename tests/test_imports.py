@@ -27,7 +27,7 @@ LAW = {
     "derivatives": {"batching", "maps", "ops"},
     "batching": {"ops"},
     "ops": {"backends", "maps", "rules", "window"},
-    "backends": {"rules"},
+    "backends": set(),
     "reference": {"maps", "rules", "window"},
     "tiled": {"maps", "rules", "window", "tiled"},
     "kernels": {"maps", "rules", "window", "kernels"},
@@ -38,7 +38,15 @@ LAW = {
     "cli": {"nlm", "cli"},
 }
 # What runs on the GPU knows nothing of how it is launched.
-KERNEL_LAW = {"kernels.tile": set(), "kernels.attention": {"kernels.tile"}, "kernels.unfused": {"kernels.tile"}}
+_TILE = {"kernels.geometry", "kernels.tile"}
+KERNEL_LAW = {
+    "kernels.geometry": set(),
+    "kernels.tile": {"kernels.geometry"},
+    "kernels.terms": _TILE,
+    "kernels.attention": _TILE | {"kernels.terms"},
+    "kernels.unfused": _TILE | {"kernels.terms"},
+    "kernels.bias": _TILE | {"kernels.terms"},
+}
 # Benchmarks and examples use public names; the search for plans drives the kernels themselves.
 USER_LAW = {"plans.py": {"kernels", "kernels.gpu", "kernels.plan", "maps", "rules", "window"}}
 

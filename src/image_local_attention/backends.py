@@ -1,7 +1,7 @@
 """Which backend computes an operator: one table, read when the operator runs.
 
 A backend is a module with the functions `attention`, `attention_backward`, `similarity`, `aggregate`,
-`aggregate_transpose` and, where it takes a bias, `bias_gradient` over heads `[B, heads, H, W, D]`; its results lie in
+`aggregate_transpose` and `bias_gradient` over heads `[B, heads, H, W, D]`; its results lie in
 maps made by `maps.empty_heads`.
 """
 
@@ -13,8 +13,6 @@ from types import ModuleType
 
 import torch
 
-from .rules import Rules
-
 NAMES = ("triton", "tiled", "reference")
 _MODULES = {"triton": ".kernels", "tiled": ".tiled", "reference": ".reference"}
 
@@ -23,35 +21,19 @@ TRITON_MAX_DEPTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 TRITON_MIN_CAPABILITY = (8, 0)  # NVIDIA; bf16 and asynchronous copies begin there
 
 
-def resolve(
-    backend: str | None, device: torch.device, dtype: torch.dtype, depth: int, beyond: str | None = None
-) -> ModuleType:
+def resolve(backend: str | None, device: torch.device, dtype: torch.dtype, depth: int) -> ModuleType:
     """The module to run for maps of a device, dtype and (largest) number of channels per head.
 
-    beyond: what is asked for that the triton backend does not compute, by `beyond_kernels`. None as the backend takes
-    triton where it can run and tiled everywhere else. Raises ValueError where a demanded backend cannot run, with the
-    reason.
+    None as the backend takes triton where it can run and tiled everywhere else. Raises ValueError where a demanded
+    backend cannot run, with the reason.
     """
     if backend in (None, "triton"):
-        obstacle = beyond or triton_obstacle(device, dtype, depth)
+        obstacle = triton_obstacle(device, dtype, depth)
         if backend is None:
             backend = "tiled" if obstacle or device.type == "cpu" else "triton"
         elif obstacle:
             raise ValueError(f"backend='triton' cannot run here: {obstacle}")
     return importlib.import_module(_MODULES[backend], __package__)
-
-
-def beyond_kernels(
-    rules: Rules, heads: int, kv_heads: int, queries: tuple[int, int], size: tuple[int, int]
-) -> str | None:
-    """What the triton backend does not compute yet of an attention from `queries` to a map of `size`, or None."""
-    if not rules.window.slides(size, queries):
-        return "its windows have border zeros or mask, dilation 1 and no causality, on grids of one size, so far"
-    if rules.bias is not None or rules.key_mask is not None:
-        return "it takes no bias and no key_mask so far"
-    if heads != kv_heads:
-        return f"it takes as many kv_heads as heads so far, got {kv_heads} and {heads}"
-    return None
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype, depth: int) -> str | None:

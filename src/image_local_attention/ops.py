@@ -89,11 +89,9 @@ def _implement(op, shape):
     return register
 
 
-def _backend(where: tuple, rules: Rules, at_queries: Tensor, kv_heads: int, size: tuple[int, int], *depths: int):
-    """The module that runs it. at_queries: heads or weights [B, heads, Hq, Wq, ...]; `size` is that of the keys."""
-    heads, *queries = at_queries.shape[1:4]
-    beyond = backends.beyond_kernels(rules, heads, kv_heads, tuple(queries), tuple(size))
-    return backends.resolve(where[-1], at_queries.device, at_queries.dtype, max(depths), beyond)
+def _backend(where: tuple, x: Tensor, *depths: int):
+    """The module that runs it, for maps or weights like `x`."""
+    return backends.resolve(where[-1], x.device, x.dtype, max(depths))
 
 
 def _attention_shape(query, key, value, bias, key_mask, heads, kv_heads, scale, *where):
@@ -106,7 +104,7 @@ def _attention_shape(query, key, value, bias, key_mask, heads, kv_heads, scale, 
 def _attention(query, key, value, bias, key_mask, heads, kv_heads, scale, *where):
     q, k, v = split_heads(query, heads), split_heads(key, kv_heads), split_heads(value, kv_heads)
     rules = _rules(where, scale, bias, key_mask)
-    module = _backend(where, rules, q, kv_heads, k.shape[2:4], q.shape[4], v.shape[4])
+    module = _backend(where, q, q.shape[4], v.shape[4])
     out, lse = module.attention(q, k, v, rules)
     return merge_heads(out), lse
 
@@ -126,7 +124,7 @@ def _attention_backward(
     g, q, o = (split_heads(x, heads) for x in (grad_out, query, out))
     k, v = split_heads(key, kv_heads), split_heads(value, kv_heads)
     rules = _rules(where, scale, bias, key_mask)
-    module = _backend(where, rules, q, kv_heads, k.shape[2:4], q.shape[4], v.shape[4])
+    module = _backend(where, q, q.shape[4], v.shape[4])
     *grads, grad_bias = module.attention_backward(g, grad_lse, q, k, v, o, lse, tuple(wanted), rules)
     grads = [query.new_empty(0) if grad is None else merge_heads(grad) for grad in grads]
     return *grads, query.new_empty(0) if grad_bias is None else grad_bias
@@ -141,7 +139,7 @@ def _similarity_shape(query, key, bias, key_mask, heads, kv_heads, scale, absent
 def _similarity(query, key, bias, key_mask, heads, kv_heads, scale, absent, *where):
     q, k = split_heads(query, heads), split_heads(key, kv_heads)
     rules = _rules(where, scale, bias, key_mask)
-    module = _backend(where, rules, q, kv_heads, k.shape[2:4], q.shape[4])
+    module = _backend(where, q, q.shape[4])
     return module.similarity(q, k, rules, absent)
 
 
@@ -153,7 +151,7 @@ def _aggregate_shape(weight, value, kv_heads, scale, *where):
 @_implement(aggregate, _aggregate_shape)
 def _aggregate(weight, value, kv_heads, scale, *where):
     v, rules = split_heads(value, kv_heads), _rules(where, scale)
-    module = _backend(where, rules, weight, kv_heads, v.shape[2:4], v.shape[4])
+    module = _backend(where, weight, v.shape[4])
     return merge_heads(module.aggregate(weight, v, rules))
 
 
@@ -164,7 +162,7 @@ def _aggregate_transpose_shape(weight, vector, kv_heads, size, scale, *where):
 @_implement(aggregate_transpose, _aggregate_transpose_shape)
 def _aggregate_transpose(weight, vector, kv_heads, size, scale, *where):
     x, rules = split_heads(vector, weight.shape[1]), _rules(where, scale)
-    module = _backend(where, rules, weight, kv_heads, size, x.shape[4])
+    module = _backend(where, weight, x.shape[4])
     return merge_heads(module.aggregate_transpose(weight, x, kv_heads, tuple(size), rules))
 
 
@@ -175,7 +173,7 @@ def _bias_gradient_shape(grad, key_mask, shape, size, *where):
 @_implement(bias_gradient, _bias_gradient_shape)
 def _bias_gradient(grad, key_mask, shape, size, *where):
     rules = _rules(where, key_mask=key_mask)
-    module = backends.resolve(where[-1], grad.device, grad.dtype, 1, "it takes no bias so far")
+    module = _backend(where, grad, 1)
     return module.bias_gradient(grad, rules, tuple(shape), tuple(size))
 
 

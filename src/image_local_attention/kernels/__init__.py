@@ -1,42 +1,47 @@
 """The triton backend: launches of the kernels on heads `[B, heads, H, W, D]` of any strides.
 
 The fused forward takes the output and one float per pixel and head, the backward the gradients and one float per
-pixel and head (delta). Maps are read where they lie. What these kernels do not compute yet,
-`backends.beyond_kernels` names.
+pixel and head (delta); the gradient of a bias a few thousand copies of one row of it. Maps are read where they lie.
 """
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from ..maps import empty_heads
 from ..rules import Rules
-from ..window import Window
 from . import attention as fused
-from . import unfused
+from . import gpu as gpus
+from . import plan, unfused
+from .bias import bias_gradient_kernel
+from .geometry import Span
 from .gpu import padded
-from .launch import Launch, depths, ways
+from .launch import Launch, Problem, depths, strides, tile_grid, ways, wide
 
 LOG2E = 1.4426950408889634
 TINY = 2.0**-126  # the least normal fp32, for a scale of 0: its product with minus infinity is no NaN
+BIAS_TILE = 4, 16
+BIAS_PROGRAMS = 8192  # of the gradient of a bias, about: as many sums of it are kept, whatever the GPU
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """Output [B, heads, H, W, Dv] and natural log-sum-exp [B, heads, H, W] in fp32."""
-    window, scale = rules.window, rules.scale
+    scale = rules.scale
     out = empty_heads(query, value.shape[4])
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
-    launch = Launch("forward", (query,), (key, value), window, window.lead, rules.precision)
+    problem = _problem(query, key, rules)
+    launch = Launch("forward", (query,), (key, value), problem, query.shape[:4])
     q, k, v = launch.sources
     launch(
         fused.forward_kernel,
-        *(q.handle, k.handle, v.handle, out, lse),
-        *(q.strides, k.strides, v.strides, out.stride()),
-        *launch.size,
+        *(q.handle, k.handle, v.handle, out, lse, *problem.terms),
+        *(q.strides, k.strides, v.strides, *strides(out, lse[..., None], *problem.terms)),
+        *(*problem.sizes, query.shape[1]),
         max(abs(scale) * LOG2E, TINY),
         addressed=(query, key, value, out),
         **depths(query, value),
         **ways(q=q, k=k, v=v),
-        MASKED=window.masked,
+        BY_DISPLACEMENT=rules.by_displacement,
         NEGATE=scale < 0,
     )
     return out, lse
@@ -52,89 +57,149 @@ def attention_backward(
     lse: Tensor,
     wanted: tuple[bool, bool, bool, bool],
     rules: Rules,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-    """Gradients of query, key and value; None where not wanted."""
-    window, scale, precision = rules.window, rules.scale, rules.precision
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value and bias; None where not wanted."""
     grad_query, grad_key, grad_value = (
         empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted[:3], strict=True)
     )
-    delta = _delta(grad_out, grad_lse, out, window)
+    delta, grad_bias = _delta(grad_out, grad_lse, out), None
     inputs = query, key, value, grad_out, lse, delta
     if grad_query is not None:
-        _grad_query(*inputs, grad_query, window, scale, precision)
+        _grad_query(*inputs, grad_query, rules)
     if grad_key is not None or grad_value is not None:
-        _grad_key_value(*inputs, grad_key, grad_value, window, scale, precision)
-    return grad_query, grad_key, grad_value, None
+        _grad_key_value(*inputs, grad_key, grad_value, rules)
+    if wanted[3]:
+        grad_bias = _grad_bias(inputs, None, rules, rules.bias.shape, key.shape[1:4]).to(rules.bias.dtype)
+    return grad_query, grad_key, grad_value, grad_bias
 
 
-def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, window: Window) -> Tensor:
+def _problem(at_queries: Tensor, key: Tensor, rules: Rules, until_query: bool = True) -> Problem:
+    """at_queries: heads, or weights, [B, heads, H, W, ...]; key: heads [B, kv_heads, Hk, Wk, D]."""
+    heads, *queries = at_queries.shape[1:4]
+    return Problem(rules, heads, key.shape[1], tuple(queries), tuple(key.shape[2:4]), until_query)
+
+
+def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
     """sum(grad_out * out) - grad_lse, [B, heads, H, W] in fp32."""
     delta = out.new_empty(out.shape[:4], dtype=torch.float32)
-    depth = out.shape[4]
-    launch = Launch("delta", (grad_out, out), (), window, 0, "ieee")
-    launch(
-        fused.delta_kernel,
-        *(grad_out, out, grad_lse, delta),
-        *(grad_out.stride(), out.stride(), delta.stride() if grad_lse is None else grad_lse.stride()),
-        *launch.size,
-        addressed=(grad_out, out, grad_lse),
-        D=depth,
-        DP=padded(depth),
-    )
+    depth, gpu, axis = out.shape[4], gpus.of(out.device), Span(1, 0, 1)
+    chosen = plan.INTERPRETED if gpu.interpreted else plan.choose("delta", "half", depth, (1, 1), False)
+    grid = tile_grid(out.shape[:4], chosen.tile, 0, (axis, axis))
+    floats = [None if x is None else x[..., None] for x in (grad_lse, delta)]
+    with torch.cuda.device_of(out):
+        fused.delta_kernel[grid](
+            *(grad_out, out, grad_lse, delta),
+            *strides(grad_out, out, *floats),
+            *(*out.shape[2:4], out.shape[1]),
+            D=depth,
+            DP=padded(depth),
+            Y=axis,
+            X=axis,
+            TH=chosen.tile[0],
+            TW=chosen.tile[1],
+            FLAT=len(grid) == 1,
+            WIDE=wide((grad_out, out, *floats)),
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )
     return delta
 
 
-def _grad_query(query, key, value, grad_out, lse, delta, grad_query, window, scale, precision) -> None:
-    launch = Launch("grad_query", (query, grad_out), (key, value), window, window.lead, precision)
+def _grad_query(query, key, value, grad_out, lse, delta, grad_query, rules) -> None:
+    problem = _problem(query, key, rules)
+    launch = Launch("grad_query", (query, grad_out), (key, value), problem, query.shape[:4])
     q, g, k, v = launch.sources
     launch(
         fused.grad_query_kernel,
-        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_query),
-        *(q.strides, k.strides, v.strides, g.strides, grad_query.stride()),
-        *launch.size,
-        scale * LOG2E,
-        scale,
+        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_query, *problem.terms),
+        *(q.strides, k.strides, v.strides, g.strides, *strides(lse[..., None], grad_query, *problem.terms)),
+        *(*problem.sizes, query.shape[1]),
+        rules.scale * LOG2E,
+        rules.scale,
         addressed=(query, key, value, grad_out, grad_query),
         **depths(query, value),
         **ways(q=q, k=k, v=v, g=g),
-        MASKED=window.masked,
+        BY_DISPLACEMENT=rules.by_displacement,
     )
 
 
-def _grad_key_value(query, key, value, grad_out, lse, delta, grad_key, grad_value, window, scale, precision) -> None:
-    launch = Launch("grad_key_value", (key, value), (query, grad_out), window, window.query_lead, precision)
+def _grad_key_value(query, key, value, grad_out, lse, delta, grad_key, grad_value, rules) -> None:
+    problem = _problem(query, key, rules)
+    launch = Launch("grad_key_value", (key, value), (query, grad_out), problem, key.shape[:4], transposed=True)
     k, v, q, g = launch.sources
-    strides = [(key if x is None else x).stride() for x in (grad_key, grad_value)]
+    grads = strides(lse[..., None], *(like if x is None else x for x, like in ((grad_key, key), (grad_value, value))))
     launch(
         fused.grad_key_value_kernel,
-        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_key, grad_value),
-        *(q.strides, k.strides, v.strides, g.strides, *strides),
-        *launch.size,
-        scale * LOG2E,
-        scale,
+        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_key, grad_value, *problem.terms),
+        *(q.strides, k.strides, v.strides, g.strides, *grads, *strides(*problem.terms)),
+        *(*problem.sizes, key.shape[1], *problem.images),
+        rules.scale * LOG2E,
+        rules.scale,
         addressed=(query, key, value, grad_out, grad_key, grad_value),
         **depths(query, value),
         **ways(q=q, k=k, v=v, g=g),
+        BY_DISPLACEMENT=rules.by_displacement,
+        HOIST=launch.plan.hoist,
     )
 
 
+def _grad_bias(
+    inputs: tuple[Tensor, ...] | None,
+    grad: Tensor | None,
+    rules: Rules,
+    shape: tuple[int, ...],
+    keys: tuple[int, ...],
+) -> Tensor:
+    """The gradient of a bias of a shape, from a gradient of logits or from what a backward has of a fused forward.
+
+    inputs: query, key, value, grad_out, lse and delta; keys: (kv_heads, Hk, Wk).
+    """
+    query, key, value, grad_out, lse, delta = inputs or (None,) * 6
+    at_queries = grad if inputs is None else query
+    batch, heads, *queries = at_queries.shape[:4]
+    by_displacement = len(shape) == 3
+    problem = Problem(rules, heads, keys[0], tuple(queries), tuple(keys[1:]))
+    n_y, n_x = shape[1:] if by_displacement else rules.window.kernel
+    tiles = batch * cdiv(queries[0], BIAS_TILE[0]) * cdiv(queries[1], BIAS_TILE[1])
+    chunks = max(1, min(tiles, BIAS_PROGRAMS // (heads * n_y)))
+    sums = at_queries.new_empty((chunks, heads, n_y, n_x), dtype=torch.float32)
+    floats = None if lse is None else lse[..., None]
+    depth = {"DK": 1, "DV": 1, "DKP": 1, "DVP": 1} if inputs is None else depths(query, value)
+    with torch.cuda.device_of(at_queries):
+        bias_gradient_kernel[chunks, heads, n_y](
+            *(query, key, value, grad_out, lse, delta, grad, *problem.terms, sums),
+            *strides(query, key, value, grad_out, floats, grad, *problem.terms),
+            *(batch, *problem.sizes, heads),
+            rules.scale * LOG2E,
+            **(problem.constants | problem.map_spans),
+            **depth,
+            BY_DISPLACEMENT=by_displacement,
+            TH=BIAS_TILE[0],
+            TW=BIAS_TILE[1],
+            WIDTH=next_power_of_2(n_x),
+            WIDE=wide((query, key, value, grad_out, grad)),
+        )
+    total = sums.sum(0)
+    return total if by_displacement else total.flatten(1)
+
+
 def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tensor:
-    """scale * <q, k_ij>, [B, heads, H, W, kH*kW]; `absent` where key ij does not take part."""
-    window = rules.window
-    weight = query.new_empty((*query.shape[:4], window.slots))
+    """scale * <q, k_ij> + bias_ij, [B, heads, H, W, kH*kW]; `absent` where key ij does not take part."""
+    weight = query.new_empty((*query.shape[:4], rules.window.slots))
     depth = query.shape[4]
-    launch = Launch("unfused", (query,), (key,), window, window.lead, rules.precision)
+    problem = _problem(query, key, rules, until_query=False)
+    launch = Launch("unfused", (query,), (key,), problem, query.shape[:4])
     q, k = launch.sources
     launch(
         unfused.similarity_kernel,
-        *(q.handle, k.handle, weight),
-        *(q.strides, k.strides, weight.stride()),
-        *launch.size,
+        *(q.handle, k.handle, weight, *problem.terms),
+        *(q.strides, k.strides, *strides(weight, *problem.terms)),
+        *(*problem.sizes, query.shape[1]),
         rules.scale,
         absent,
         addressed=(query, key, weight),
         **ways(q=q, k=k),
-        MASKED=window.masked,
+        BY_DISPLACEMENT=rules.by_displacement,
         D=depth,
         DP=padded(depth),
     )
@@ -142,25 +207,30 @@ def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tenso
 
 
 def aggregate(weight: Tensor, value: Tensor, rules: Rules) -> Tensor:
-    """scale * sum_ij weight_ij * v_ij over the keys in the map."""
-    launch = Launch("unfused", (), (value,), rules.window, rules.window.lead, rules.precision)
-    return _weighted_sum(launch, unfused.aggregate_kernel, weight, value, rules.scale)
+    """scale * sum_ij weight_ij * v_ij over the keys in the map that take part."""
+    problem = _problem(weight, value, rules)
+    launch = Launch("unfused", (), (value,), problem, weight.shape[:4])
+    out = empty_heads(value, value.shape[4], weight.shape[1], weight.shape[2:4])
+    return _weighted_sum(launch, unfused.aggregate_kernel, weight, value, out, problem.sizes, rules.scale)
 
 
 def aggregate_transpose(weight: Tensor, vector: Tensor, kv_heads: int, size: tuple[int, int], rules: Rules) -> Tensor:
-    """The transpose of `aggregate`: each pixel sends scale * weight_ij * vector to key ij."""
-    launch = Launch("unfused", (), (vector,), rules.window, rules.window.query_lead, rules.precision)
-    return _weighted_sum(launch, unfused.aggregate_transpose_kernel, weight, vector, rules.scale)
+    """The transpose of `aggregate`: each pixel sends scale * weight_ij * vector to key ij of `kv_heads` maps."""
+    batch, heads, *queries = weight.shape[:4]
+    problem = Problem(rules, heads, kv_heads, tuple(queries), tuple(size), until_query=True)
+    launch = Launch("unfused", (), (vector,), problem, (batch, kv_heads, *size), transposed=True)
+    out = empty_heads(vector, vector.shape[4], kv_heads, size)
+    kernel, numbers = unfused.aggregate_transpose_kernel, problem.images
+    return _weighted_sum(launch, kernel, weight, vector, out, problem.sizes, rules.scale, numbers)
 
 
-def _weighted_sum(launch: Launch, kernel, weight: Tensor, x: Tensor, scale: float) -> Tensor:
-    out = empty_heads(x, x.shape[4])
+def _weighted_sum(launch: Launch, kernel, weight, x, out, sizes, scale: float, numbers: tuple[int, ...] = ()) -> Tensor:
     (src,) = launch.sources
     launch(
         kernel,
         *(weight, src.handle, out),
         *(weight.stride(), src.strides, out.stride()),
-        *launch.size,
+        *(*sizes, out.shape[1], *numbers),
         scale,
         addressed=(weight, x, out),
         **ways(x=src),
@@ -168,3 +238,8 @@ def _weighted_sum(launch: Launch, kernel, weight: Tensor, x: Tensor, scale: floa
         DP=padded(x.shape[4]),
     )
     return out
+
+
+def bias_gradient(grad: Tensor, rules: Rules, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """Sums of a gradient of logits over images and pixels, in the shape of a bias; keys lie in a map of `size`."""
+    return _grad_bias(None, grad, rules, shape, (grad.shape[1], *size)).to(grad.dtype)

@@ -2,36 +2,43 @@
 
 Logits are kept in powers of two (`scale_log2 = scale * log2(e)`), the log-sum-exp in memory is natural. Each kernel
 keeps a tile of pixels and streams the blocks of its halo, column of blocks by column of blocks, because the
-visibility of columns does not change along one.
+visibility of columns does not change along one. H and W are of the queries' grid, HK and WK of the keys'.
 """
 
 import triton
 import triton.language as tl
 
+from .geometry import (
+    after,
+    centre,
+    ends,
+    image,
+    key_halo,
+    lattice_size,
+    query_halo,
+    seen,
+    sublattice,
+    visible,
+    window_span,
+)
+from .terms import finite, first_entry, load_bias, takes_part
 from .tile import (
     ABSENT,
     LN2,
     LOG2E,
     NEVER,
     add_product,
-    blocks,
-    first_query,
-    float_pointers,
-    head_start,
-    inside,
-    limit,
     load_block,
-    pixel_offsets,
+    load_floats,
+    load_keys,
+    part_bounds,
     pixels,
     product,
     program_tile,
-    row_bound,
     row_parts,
     scores,
     store_block,
-    window_span,
-    window_start,
-    within,
+    store_floats,
 )
 
 LANES = tl.constexpr(8)  # sums that a row of scores is kept as, for lanes of a warp to add up once, at the end
@@ -50,110 +57,176 @@ def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q_src, k_src, v_src, o_ptr, lse_ptr,
-    q_s, k_s, v_s, o_s,
-    H, W, heads, scale_log2,
-    KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr,
+    q_src, k_src, v_src, o_ptr, lse_ptr, bias_ptr, mask_ptr,
+    q_s, k_s, v_s, o_s, lse_s, bias_s, mask_s,
+    H, W, HK, WK, heads, scale_log2,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
     NEGATE: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(scale * <q, k_ij>) v_ij and its log-sum-exp. `scale_log2` is positive, NEGATE turns the queries."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
+    """O = softmax(scale * <q, k_ij> + bias_ij) v_ij and its log-sum-exp.
+
+    `scale_log2` is positive, NEGATE turns the queries. GROUP heads of queries share one of keys and values.
+    """
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
+    k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
+    v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
+    o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)
+    lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
+    if mask_ptr is not None:
+        mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
+    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
+    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    i_kv = i_h // GROUP
+
     o_y, o_x = pixels(y0, x0, TH, TW)
-    o_top, rows = window_span(o_y, H, KH, MASKED)
-    o_left, cols = window_span(o_x, W, KW, MASKED)
+    o_start_y, o_top, rows = window_span(o_y, HK, H, True, Y)
+    o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     if NEGATE:
         b_q = -b_q
     b_o = tl.zeros([TH * TW, DVP], tl.float32)
     b_m = tl.full([TH * TW], NEVER, tl.float32)
     b_l = tl.zeros([TH * TW, LANES], tl.float32)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
-    PARTS: tl.constexpr = row_parts(TH, KH, ROWS, MASKED)
-    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
+    halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
+    halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
+    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER)
+    for i_col in tl.range(n_cols):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
-        b_cols = tl.where(within(o_kx[None, :], o_left[:, None], cols[:, None]), 0.0, ABSENT)  # [M, N]
+        m_cols = visible(o_kx[None, :], o_start_x[:, None], o_left[:, None], cols[:, None], X)
+        b_cols = tl.where(m_cols, 0.0, ABSENT)  # [M, N]
         for PART in tl.static_range(PARTS):
-            for i_row in tl.range(row_bound(PART, PARTS, TH, KH, ROWS), row_bound(PART + 1, PARTS, TH, KH, ROWS)):
+            first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
+            for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
-                b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
-                b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
+                b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
+                b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
                 b_s = scores(b_cols, b_q, b_k, PRODUCT)
-                if PART != 1:
-                    b_s = tl.minimum(b_s, limit(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None]))
-                b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT)
+                o_row = o_ky + i_row * ROWS
+                if PART != 1:  # a minimum is cheaper than a selection
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                    b_s = tl.minimum(b_s, tl.where(m_rows, float("inf"), ABSENT))
+                if RASTER:
+                    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
+                    m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
+                    b_s = tl.where(m_s, ABSENT, b_s)
+                if mask_ptr is not None:
+                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                    b_s = tl.where(m_k[None, :], b_s, ABSENT)
+                if bias_ptr is not None:
+                    o_by, o_bx = (
+                        first_entry(o_y, HK, H, BY_DISPLACEMENT, Y),
+                        first_entry(o_x, WK, W, BY_DISPLACEMENT, X),
+                    )
+                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, BY_DISPLACEMENT, Y, X)
+                    b_s = b_s * scale_log2 + b_bias * LOG2E
+                    b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, 1.0, PRODUCT)
+                else:
+                    b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT)
     b_sum = tl.sum(b_l, 1)
+    b_lse = (b_m + tl.log2(b_sum)) * LN2
+    if mask_ptr is not None:  # no key at all
+        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
-    p_lse = float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads)
-    tl.store(p_lse, (b_m + tl.log2(b_sum)) * LN2, mask=inside(o_y, o_x, H, W))
+    store_floats(lse_ptr, b_lse, lse_s, i_b, i_h, o_y, o_x, H, W, WIDE)
 
 
 @triton.jit
 def delta_kernel(
     g_ptr, o_ptr, grad_lse_ptr, delta_ptr,
-    g_s, o_s, grad_lse_s,
+    g_s, o_s, grad_lse_s, delta_s,
     H, W, heads,
-    D: tl.constexpr, DP: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
-    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(grad_out * out) - grad_lse per pixel and head, so that dS = P * (dP - delta)."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
+    i_b, i_h, _, _, y0, x0 = program_tile(H, W, heads, TH, TW, 0, FLAT, Y, X)
     b_g = load_block(g_ptr, g_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_o = load_block(o_ptr, o_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
     o_y, o_x = pixels(y0, x0, TH, TW)
-    m_q = inside(o_y, o_x, H, W)
     if grad_lse_ptr is not None:
-        p_grad_lse = head_start(grad_lse_ptr, i_b, i_h, grad_lse_s)
-        b_delta -= tl.load(p_grad_lse + pixel_offsets(o_y, o_x, grad_lse_s, WIDE), mask=m_q, other=0.0)
-    tl.store(float_pointers(delta_ptr, i_b, i_h, o_y, o_x, H, W, heads), b_delta, mask=m_q)
+        b_delta -= load_floats(grad_lse_ptr, grad_lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
+    store_floats(delta_ptr, b_delta, delta_s, i_b, i_h, o_y, o_x, H, W, WIDE)
 
 
 @triton.jit
 def grad_query_kernel(
-    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_q_ptr,
-    q_s, k_s, v_s, g_s, grad_q_s,
-    H, W, heads, scale_log2, scale,
-    KH: tl.constexpr, KW: tl.constexpr, MASKED: tl.constexpr,
+    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_q_ptr, bias_ptr, mask_ptr,
+    q_s, k_s, v_s, g_s, lse_s, grad_q_s, bias_s, mask_s,
+    H, W, HK, WK, heads, scale_log2, scale,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale * sum_ij dS_ij k_ij over the keys that the tile's queries see."""
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
+    """dQ = scale * sum_ij dS_ij k_ij over the keys that the tile's queries see. Delta lies as the log-sum-exp does."""
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
+    k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
+    v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
+    g_src, g_s = sublattice(g_src, g_s, i_y, i_x, Y, X)
+    delta_ptr, _ = sublattice(delta_ptr, lse_s, i_y, i_x, Y, X)
+    lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
+    grad_q_ptr, grad_q_s = sublattice(grad_q_ptr, grad_q_s, i_y, i_x, Y, X)
+    if mask_ptr is not None:
+        mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
+    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
+    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    i_kv = i_h // GROUP
+
     o_y, o_x = pixels(y0, x0, TH, TW)
-    m_q = inside(o_y, o_x, H, W)
-    o_top, rows = window_span(o_y, H, KH, MASKED)
-    o_left, cols = window_span(o_x, W, KW, MASKED)
+    o_start_y, o_top, rows = window_span(o_y, HK, H, True, Y)
+    o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
-    b_lse = tl.load(float_pointers(lse_ptr, i_b, i_h, o_y, o_x, H, W, heads), mask=m_q, other=0.0) * LOG2E
-    b_delta = tl.load(float_pointers(delta_ptr, i_b, i_h, o_y, o_x, H, W, heads), mask=m_q, other=0.0)
+    b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE) * LOG2E
+    if mask_ptr is not None:
+        b_lse = finite(b_lse)
+    b_delta = load_floats(delta_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
     b_grad_q = tl.zeros([TH * TW, DKP], tl.float32)
-    halo_y, halo_x = window_start(y0, KH), window_start(x0, KW) - PAD
-    PARTS: tl.constexpr = row_parts(TH, KH, ROWS, MASKED)
-    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
+    halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
+    halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
+    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER)
+    for i_col in tl.range(n_cols):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
-        m_cols = within(o_kx[None, :], o_left[:, None], cols[:, None])  # [M, N]
+        m_cols = visible(o_kx[None, :], o_start_x[:, None], o_left[:, None], cols[:, None], X)  # [M, N]
         b_cols = tl.where(m_cols, -b_lse[:, None], NEVER)
         for PART in tl.static_range(PARTS):
-            for i_row in tl.range(row_bound(PART, PARTS, TH, KH, ROWS), row_bound(PART + 1, PARTS, TH, KH, ROWS)):
+            first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
+            for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
-                b_k = load_block(k_src, k_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DK, DKP, K_WAY, WIDE)
-                b_v = load_block(v_src, v_s, i_b, i_h, k_y0, k_x0, H, W, ROWS, COLS, DV, DVP, V_WAY, WIDE)
+                b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
+                b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
                 b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                o_row = o_ky + i_row * ROWS
+                if bias_ptr is not None:
+                    o_by, o_bx = (
+                        first_entry(o_y, HK, H, BY_DISPLACEMENT, Y),
+                        first_entry(o_x, WK, W, BY_DISPLACEMENT, X),
+                    )
+                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                    b_s += load_bias(bias_ptr, bias_s, i_h, *o_pairs, BY_DISPLACEMENT, Y, X) * LOG2E
                 if PART != 1:
-                    m_rows = within(o_ky[None, :] + i_row * ROWS, o_top[:, None], rows[:, None])
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
                     b_s = tl.where(m_rows, b_s, NEVER)
+                if RASTER:
+                    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
+                    m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
+                    b_s = tl.where(m_s, NEVER, b_s)
+                if mask_ptr is not None:
+                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                    b_s = tl.where(m_k[None, :], b_s, NEVER)
                 b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
                 b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
@@ -161,52 +234,100 @@ def grad_query_kernel(
 
 @triton.jit
 def grad_key_value_kernel(
-    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
-    q_s, k_s, v_s, g_s, grad_k_s, grad_v_s,
-    H, W, heads, scale_log2, scale,
-    KH: tl.constexpr, KW: tl.constexpr,
+    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, bias_ptr, mask_ptr,
+    q_s, k_s, v_s, g_s, lse_s, grad_k_s, grad_v_s, bias_s, mask_s,
+    H, W, HK, WK, heads, images_y, before_y, images_x, before_x, scale_log2, scale,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
-    WIDE: tl.constexpr, PRODUCT: tl.constexpr,
+    HOIST: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """dK = scale * sum dS q and dV = sum P g over the queries that see the tile's keys: a gather, no atomics.
 
-    A gradient whose pointer is None is not computed. The border plays no part: these keys are in the map.
+    A gradient whose pointer is None is not computed. `heads` are of keys and values. Keys are seen at every position
+    that folds to them. HOIST: blocks go column by column, each with the visibility of its columns in registers, else in
+    one loop, for tiles that have no registers for it.
     """
-    i_b, i_h, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(HK, WK, heads, TH, TW, SHIFT, FLAT, Y, X)
+    q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
+    k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
+    v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
+    g_src, g_s = sublattice(g_src, g_s, i_y, i_x, Y, X)
+    delta_ptr, _ = sublattice(delta_ptr, lse_s, i_y, i_x, Y, X)
+    lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
+    if grad_k_ptr is not None:
+        grad_k_ptr, grad_k_s = sublattice(grad_k_ptr, grad_k_s, i_y, i_x, Y, X)
+    if grad_v_ptr is not None:
+        grad_v_ptr, grad_v_s = sublattice(grad_v_ptr, grad_v_s, i_y, i_x, Y, X)
+    if mask_ptr is not None:
+        mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
+    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
+    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+
     o_y, o_x = pixels(y0, x0, TH, TW)
-    b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]
-    b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
+    b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]
+    b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
     b_grad_k = tl.zeros([TH * TW, DKP], tl.float32)
     b_grad_v = tl.zeros([TH * TW, DVP], tl.float32)
-    halo_y, halo_x = first_query(y0, KH), first_query(x0, KW) - PAD
-    for i_col in tl.range(blocks(TW + PAD, KW, COLS)):
-        q_x0 = halo_x + i_col * COLS
-        o_qy, o_qx = pixels(halo_y, q_x0, ROWS, COLS)
-        o_left, cols = window_span(o_qx, W, KW, False)
-        b_cols = tl.where(within(o_x[:, None], o_left[None, :], cols[None, :]), 0.0, NEVER)  # [M, N]
-        for i_row in tl.range(blocks(TH, KH, ROWS)):
-            q_y0 = halo_y + i_row * ROWS
-            o_row = o_qy + i_row * ROWS
-            b_q = load_block(q_src, q_s, i_b, i_h, q_y0, q_x0, H, W, ROWS, COLS, DK, DKP, Q_WAY, WIDE)
-            b_g = load_block(g_src, g_s, i_b, i_h, q_y0, q_x0, H, W, ROWS, COLS, DV, DVP, G_WAY, WIDE)
-            m_q = inside(o_row, o_qx, H, W)
-            p_lse = float_pointers(lse_ptr, i_b, i_h, o_row, o_qx, H, W, heads)
-            b_lse = tl.load(p_lse, mask=m_q, other=float("inf")) * LOG2E  # no query there: P is 0
-            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
-            o_top, rows = window_span(o_row, H, KH, False)
-            m_rows = within(o_y[:, None], o_top[None, :], rows[None, :])
-            b_p = tl.exp2(tl.where(m_rows, b_s, NEVER))  # [M, N]
-            if grad_v_ptr is not None:
-                b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
-            if grad_k_ptr is not None:
-                p_delta = float_pointers(delta_ptr, i_b, i_h, o_row, o_qx, H, W, heads)
-                b_delta = tl.load(p_delta, mask=m_q, other=0.0)
-                b_ds = b_p * (product(b_v, b_g, PRODUCT) - b_delta[None, :])
-                b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)
+    for i_image_y in tl.range(images_y if Y.folds else 1):
+        o_py = image(o_y, i_image_y, HK, before_y, Y)
+        first, last = ends(o_py, y0, TH, Y)
+        halo_y, n_rows = query_halo(first, last, HK, H, TH, ROWS, 0, 1, Y)
+        for i_image_x in tl.range(seen(images_x, n_rows, Y) if X.folds else 1):
+            o_px = image(o_x, i_image_x, WK, before_x, X)
+            first, last = ends(o_px, x0, TW, X)
+            halo_x, n_cols = query_halo(first, last, WK, W, TW, COLS, PAD, ALIGN, X)
+            for i_member in tl.range(GROUP):
+                i_q = i_h * GROUP + i_member
+                for i_outer in tl.range(n_cols if HOIST else 1):
+                    if HOIST:
+                        o_qx = pixels(0, halo_x + i_outer * COLS, ROWS, COLS)[1]
+                        b_cols = unseen_columns(o_px, o_qx, WK, W, X)
+                    for i_inner in tl.range(n_rows if HOIST else n_rows * n_cols):
+                        if HOIST:
+                            q_y0, q_x0 = halo_y + i_inner * ROWS, halo_x + i_outer * COLS
+                        else:
+                            q_y0, q_x0 = halo_y + i_inner % n_rows * ROWS, halo_x + i_inner // n_rows * COLS
+                        o_qy, o_qx = pixels(q_y0, q_x0, ROWS, COLS)
+                        if not HOIST:
+                            b_cols = unseen_columns(o_px, o_qx, WK, W, X)
+                        b_q = load_block(q_src, q_s, i_b, i_q, q_y0, q_x0, H, W, ROWS, COLS, DK, DKP, Q_WAY, WIDE)
+                        b_g = load_block(g_src, g_s, i_b, i_q, q_y0, q_x0, H, W, ROWS, COLS, DV, DVP, G_WAY, WIDE)
+                        # no query there: P is 0
+                        b_lse = load_floats(lse_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, float("inf"), WIDE) * LOG2E
+                        if mask_ptr is not None:
+                            b_lse = finite(b_lse)
+                        b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]  # [M, N]
+                        if bias_ptr is not None:
+                            o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
+                            o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
+                            o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
+                            b_s += load_bias(bias_ptr, bias_s, i_q, *o_pairs, BY_DISPLACEMENT, Y, X) * LOG2E
+                        o_start, o_top, rows = window_span(o_qy, HK, H, False, Y)
+                        m_s = visible(o_py[:, None], o_start[None, :], o_top[None, :], rows[None, :], Y)
+                        if RASTER:
+                            o_cy, o_cx = centre(o_qy, HK, H, Y), centre(o_qx, WK, W, X)
+                            m_s = m_s & ~after(o_py[:, None], o_px[:, None], o_cy[None, :], o_cx[None, :])
+                        if mask_ptr is not None:
+                            m_s = m_s & takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)[:, None]
+                        b_p = tl.exp2(tl.where(m_s, b_s, NEVER))
+                        if grad_v_ptr is not None:
+                            b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
+                        if grad_k_ptr is not None:
+                            b_delta = load_floats(delta_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, 0.0, WIDE)
+                            b_ds = b_p * (product(b_v, b_g, PRODUCT) - b_delta[None, :])
+                            b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)
     if grad_k_ptr is not None:
-        store_block(grad_k_ptr, b_grad_k * scale, grad_k_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
+        store_block(grad_k_ptr, b_grad_k * scale, grad_k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, WIDE)
     if grad_v_ptr is not None:
-        store_block(grad_v_ptr, b_grad_v, grad_v_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
+        store_block(grad_v_ptr, b_grad_v, grad_v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, WIDE)
+
+
+@triton.jit
+def unseen_columns(o_k, o_q, size, queries, A: tl.constexpr):
+    """[M, N]: what to add to the logits of keys that queries do not see for their columns."""
+    o_start, o_left, cols = window_span(o_q, size, queries, False, A)
+    m_k = visible(o_k[:, None], o_start[None, :], o_left[None, :], cols[None, :], A)
+    return tl.where(m_k, 0.0, NEVER)

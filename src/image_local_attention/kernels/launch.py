@@ -6,20 +6,77 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from ..window import Window
+from ..rules import Rules
 from . import gpu as gpus
 from . import plan
+from .geometry import Span, images, spans
 from .source import Source, column_step, layout, source
 
 _MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
 
 
+class Problem:
+    """Rules on grids of two sizes: the arguments and constants that every kernel takes of them.
+
+    queries, keys: their (height, width). until_query: the kernel may leave out rows after the query's in raster order.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        heads: int,
+        kv_heads: int,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        until_query: bool = False,
+    ) -> None:
+        window = rules.window
+        self.rules, self.kv_heads = rules, kv_heads
+        self.axes = window.axes(tuple(keys), tuple(queries))
+        self.spans = spans(window, self.axes, until_query)
+        self.sizes = (*queries, *keys)
+        self.constants = {
+            "Y": self.spans[0],
+            "X": self.spans[1],
+            "RASTER": window.raster,
+            "GROUP": heads // kv_heads,
+        }
+
+    @property
+    def map_spans(self) -> dict[str, Span]:
+        """Constants of a kernel that does not take maps apart into lattices."""
+        names, window = ("Y", "X"), self.rules.window
+        return dict(zip(names, spans(window, self.axes, lattices=False), strict=True))
+
+    @property
+    def plain(self) -> bool:
+        """Whether one window slides over the map, and nothing but it and its border decides on logits."""
+        simple = all(span.slides and span.dilation == 1 and not span.folds for span in self.spans)
+        return simple and not self.rules.window.raster and self.rules.bias is self.rules.key_mask is None
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """images_y, before_y, images_x, before_x."""
+        return tuple(number for axis in self.axes for number in images(axis))
+
+    @property
+    def terms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Bias [heads, kH, kW], or by displacement, and key mask [B, heads, Hk, Wk, 1], as kernels read them."""
+        bias, mask = self.rules.bias, self.rules.key_mask
+        if bias is not None and not self.rules.by_displacement:
+            bias = bias.unflatten(1, self.rules.window.kernel)
+        if mask is not None:
+            mask = mask.view(torch.uint8)[:, None, ..., None].expand(-1, self.kv_heads, -1, -1, -1)
+        return bias, mask
+
+
 class Launch:
     """A launch over maps [B, heads, H, W, D]: each program keeps a tile of some and streams the halo of others.
 
-    `lead` is how many columns the halo begins left of the tile. `sources` are those of the kept, then of the
-    streamed maps. Tiles are shifted left by `shift` columns, and halos begin `pad` columns early where their
-    blocks cover these anyway, so that copies begin where they are cheap.
+    tiles: (batch, heads, height, width) of the grid that is taken apart into tiles. transposed: these are of keys, and
+    the halo is of queries. `sources` are those of the kept, then of the streamed maps. Where windows slide, tiles are
+    shifted left by `shift` columns, and halos begin `pad` columns early where their blocks cover these anyway, so
+    that copies begin where they are cheap; elsewhere halos begin on multiples of `align` columns.
     """
 
     def __init__(
@@ -27,75 +84,88 @@ class Launch:
         task: str,
         kept: tuple[Tensor, ...],
         streamed: tuple[Tensor, ...],
-        window: Window,
-        lead: int,
-        precision: str,
+        problem: Problem,
+        tiles: tuple[int, ...],
+        transposed: bool = False,
     ) -> None:
         maps = *kept, *streamed
-        self.first = maps[0]
+        self.first, self.tiles = maps[0], tiles
+        self.spans = y, x = problem.spans
         gpu = gpus.of(self.first.device)
-        layouts = [layout(x) for x in maps]
-        product = gpu.product(self.first.dtype, precision)
-        depth = max(x.shape[4] for x in maps)
+        layouts = [layout(each) for each in maps]
+        product = gpu.product(maps[0].dtype, problem.rules.precision)
+        depth = max(each.shape[4] for each in maps)
         planes = "planes" in layouts[len(kept) :]
-        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(task, product, depth, window.kernel, planes)
-        ways = [gpu.way(each, self.plan.stream_by_pointer) for each in layouts[len(kept) :]]
-        tile_w, kernel_w = self.plan.tile[1], window.kernel[1]
+        kernel = problem.rules.window.kernel
+        chosen = task, product, depth, kernel, planes, problem.plain
+        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
+
+        scattered = y.lattice * x.lattice > 1
+        folded = not transposed and (y.folds or x.folds)
+        by_pointer = self.plan.stream_by_pointer or scattered or folded
+        side_by_side = x.lattice == 1 and not folded
+        ways = [_way(gpu, each, by_pointer, side_by_side) for each in layouts[len(kept) :]]
+        tile_w, reach = self.plan.tile[1], x.reach
         step, vector = (
-            max((column_step(x, way, wide) for x, way in zip(streamed, ways, strict=True)), default=1)
+            max((column_step(each, way, wide) for each, way in zip(streamed, ways, strict=True)), default=1)
             for wide in (tile_w, 1)
         )
-        self.pad = self.plan.free_columns(kernel_w, -lead % vector, step)
-        self.shift = -(lead + self.pad) % step
-        ways = [self._way_to_keep(x, gpu) for x in kept] + ways
-        block = self.plan.block_shape(kernel_w + self.pad, step)
+        self.pad = self.shift = 0
+        self.align = step
+        if x.slides and not (transposed and x.folds):
+            lead = x.reach - 1 - x.lead if transposed else x.lead
+            self.pad = self.plan.free_columns(reach, -lead % vector, step)
+            self.shift = -(lead + self.pad) % step
+        keep_by_pointer = self.plan.keep_by_pointer or scattered
+        ways = [self._way_to_keep(each, gpu, keep_by_pointer, side_by_side) for each in kept] + ways
+        block = self.plan.block_shape(reach + self.pad, step)
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
-        self.constants = {
-            "KH": window.kernel[0],
-            "KW": window.kernel[1],
+        self.constants = problem.constants | {
             "TH": self.plan.tile[0],
             "TW": tile_w,
             "ROWS": block[0],
             "COLS": block[1],
             "SHIFT": self.shift,
             "PAD": self.pad,
+            "ALIGN": self.align,
             "PRODUCT": product,
         }
 
-    def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu) -> str:
-        way = gpu.way(layout(x), self.plan.keep_by_pointer)
+    def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu, by_pointer: bool, side_by_side: bool) -> str:
+        way = _way(gpu, layout(x), by_pointer, side_by_side)
         step = column_step(x, way, 1)
         return way if self.plan.tile[1] % step == 0 and self.shift % step == 0 else "pointer"
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """H, W and heads, as every kernel takes them."""
-        _, heads, h, w, _ = self.first.shape
-        return h, w, heads
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """A program for each tile of each head of each image: on three axes, on one where these are too short."""
-        h, w, heads = self.size
-        tiles_y, tiles_x = cdiv(h, self.plan.tile[0]), cdiv(w + self.shift, self.plan.tile[1])
-        grid = heads * tiles_x, tiles_y, self.first.shape[0]
-        return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
-
     def __call__(self, kernel, *args: object, addressed: tuple[Tensor | None, ...], **constants: object) -> None:
         """Launches. `addressed`: the tensors whose pixels the kernel may reach by pointer."""
-        wide = any(_span(x) >= 2**31 for x in addressed if x is not None)
-        grid = self.grid
+        grid = tile_grid(self.tiles, self.plan.tile, self.shift, self.spans)
         with torch.cuda.device_of(self.first):
             kernel[grid](
                 *args,
                 **self.constants,
                 **constants,
-                WIDE=wide,
+                WIDE=wide(addressed),
                 FLAT=len(grid) == 1,
                 num_warps=self.plan.warps,
                 num_stages=self.plan.stages,
             )
+
+
+def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: tuple[Span, Span]) -> tuple[int, ...]:
+    """A program for each tile of each lattice, head and image: on three axes, on one where these are too short."""
+    batch, heads, h, w = tiles
+    y, x = axes
+    tiles_y = cdiv(cdiv(h, y.lattice), tile[0]) * y.lattice
+    tiles_x = cdiv(cdiv(w, x.lattice) + shift, tile[1]) * x.lattice
+    grid = heads * tiles_x, tiles_y, batch
+    return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
+
+
+def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:
+    """The way to read a map of a layout. side_by_side: whether its columns are read one after the other."""
+    way = gpu.way(layout, by_pointer)
+    return "pointer" if way == "columns" and not side_by_side else way
 
 
 def depths(query: Tensor, value: Tensor) -> dict[str, int]:
@@ -107,6 +177,15 @@ def depths(query: Tensor, value: Tensor) -> dict[str, int]:
 def ways(**sources: Source) -> dict[str, str]:
     """The constants Q_WAY, K_WAY ... of the sources q, k ..."""
     return {f"{name.upper()}_WAY": each.way for name, each in sources.items()}
+
+
+def strides(*tensors: Tensor | None) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if x is None else x.stride() for x in tensors)
+
+
+def wide(addressed: tuple[Tensor | None, ...]) -> bool:
+    """Whether offsets within one head of one image take 64 bits."""
+    return any(_span(x) >= 2**31 for x in addressed if x is not None)
 
 
 def _span(x: Tensor) -> int:

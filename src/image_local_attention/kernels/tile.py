@@ -1,4 +1,4 @@
-"""Primitives of every kernel: which tile, which keys, loads and stores, matrix products.
+"""Primitives of every kernel: which tile, loads and stores, matrix products.
 
 Prefixes: `i_` index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; UPPER is known when a kernel
 is compiled. A tile is `TH x TW` stationary pixels, flattened to M = TH*TW; a block is `ROWS x COLS` streamed
@@ -7,6 +7,8 @@ pixels, flattened to N = ROWS*COLS. Strides come as tuples (batch, head, y, x, c
 
 import triton
 import triton.language as tl
+
+from .geometry import fold
 
 # The interpreter multiplies the raw bits of bf16, so its products are taken in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -22,18 +24,21 @@ MANY = 16  # blocks of a column that need no mask for rows: worth a loop of thei
 
 
 @triton.jit
-def program_tile(H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr):
-    """Batch, head and first row and column of this program's tile; heads go fastest, for they share cache lines.
+def program_tile(
+    H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Batch, head, lattice (y, x) and first row and column of this program's tile there.
 
-    The first column of tiles begins SHIFT pixels left of the map. FLAT: the grid has one axis, else three: heads and
-    columns, rows, batch, which saves divisions.
+    Heads go fastest, for they share cache lines. The first column of tiles begins SHIFT pixels left of the map. FLAT:
+    the grid has one axis, else three: heads and columns, rows, batch, which saves divisions.
     """
     i_x = tl.program_id(0)
     i_h = i_x % heads
     i_x = i_x // heads
     if FLAT:
-        tiles_x = tl.cdiv(W + SHIFT, TW)
-        tiles_y = tl.cdiv(H, TH)
+        tiles_x = tl.cdiv(tl.cdiv(W, X.lattice) + SHIFT, TW) * X.lattice
+        tiles_y = tl.cdiv(tl.cdiv(H, Y.lattice), TH) * Y.lattice
         i_y = i_x // tiles_x
         i_x = i_x % tiles_x
         i_b = i_y // tiles_y
@@ -41,7 +46,7 @@ def program_tile(H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.cons
     else:
         i_y = tl.program_id(1)
         i_b = tl.program_id(2)
-    return i_b, i_h, i_y * TH, i_x * TW - SHIFT
+    return i_b, i_h, i_y % Y.lattice, i_x % X.lattice, i_y // Y.lattice * TH, i_x // X.lattice * TW - SHIFT
 
 
 @triton.jit
@@ -52,64 +57,33 @@ def pixels(y0, x0, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.constexpr_function
-def blocks(tile, kernel, step):
-    """Blocks of `step` pixels that cover the halo of a tile on one axis."""
-    return (tile + kernel - 2) // step + 1
+def row_parts(tile, step, span, more):
+    """1, or 3 where most blocks of a column are seen by every query of the tile: before these, these, after them.
+
+    more: whether other things than the window's ends leave keys out.
+    """
+    many = span.plain and not more and span.kernel // step - (tile - 1 + step - 1) // step >= MANY
+    return 3 if many else 1
 
 
 @triton.constexpr_function
-def row_parts(tile, kernel, step, masked):
-    """1, or 3 where most blocks of a column are seen by every query of the tile: before these, these, after them."""
-    return 3 if not masked and kernel // step - (tile - 1 + step - 1) // step >= MANY else 1
+def row_bound(part, tile, step, span):
+    """The first block of a part of three, blocks of a column counted from 0; the end of the last for part 3."""
+    ends = 0, (tile - 1 + step - 1) // step, span.kernel // step, (tile + span.kernel - 2) // step + 1
+    return ends[part]
 
 
-@triton.constexpr_function
-def row_bound(part, parts, tile, kernel, step):
-    """The first block of a part, blocks of a column counted from 0; the end of the last where `part` is `parts`."""
-    if part == 0:
-        return 0
-    if part == parts:
-        return (tile + kernel - 2) // step + 1
-    return (tile - 1 + step - 1) // step if part == 1 else kernel // step
+@triton.jit
+def part_bounds(PART: tl.constexpr, PARTS: tl.constexpr, rows, TH: tl.constexpr, ROWS: tl.constexpr, Y: tl.constexpr):
+    """The first block of a part and the one after its last."""
+    if PARTS == 1:
+        return 0, rows
+    return row_bound(PART, TH, ROWS, Y), row_bound(PART + 1, TH, ROWS, Y)
 
 
 @triton.jit
 def inside(o_y, o_x, H, W):
     return (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W)
-
-
-@triton.jit
-def window_start(o_q, KERNEL: tl.constexpr):
-    """First key that queries see on one axis: the twin of `window.Axis.start`."""
-    return o_q - KERNEL // 2
-
-
-@triton.jit
-def first_query(o_k, KERNEL: tl.constexpr):
-    """First query that sees a key on one axis: the twin of `window.Axis.first_query`."""
-    return o_k - (KERNEL - 1) + KERNEL // 2
-
-
-@triton.jit
-def window_span(o_q, size, KERNEL: tl.constexpr, MASKED: tl.constexpr):
-    """First key that takes part and how many do, on one axis. Where the border is masked, only those in the map."""
-    o_first = window_start(o_q, KERNEL)
-    o_end = o_first + KERNEL
-    if MASKED:
-        o_first, o_end = tl.maximum(o_first, 0), tl.minimum(o_end, size)
-    return o_first, o_end - o_first
-
-
-@triton.jit
-def within(o_k, o_first, count):
-    """Whether first <= k < first + count, in one comparison: a negative difference wraps around."""
-    return (o_k - o_first).to(tl.uint32) < count.to(tl.uint32)
-
-
-@triton.jit
-def limit(o_k, o_first, count):
-    """Of logits: none within first <= k < first + count, ABSENT elsewhere. A minimum is cheaper than a selection."""
-    return tl.where(within(o_k, o_first, count), float("inf"), ABSENT)
 
 
 @triton.jit
@@ -152,11 +126,32 @@ def load_block(
         if WAY == "columns":
             x0 = tl.multiple_of(x0, VECTOR_BYTES // (src.dtype.element_ty.primitive_bitwidth // 8))
         o_y, o_x = pixels(y0, x0, ROWS, COLS)
-        p_x = head_start(src, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)[:, None]
-        m_x = inside(o_y, o_x, H, W)[:, None]
-        if DP > D:
-            m_x = m_x & (tl.arange(0, DP) < D)[None, :]
-        b_x = tl.load(p_x + channel_offsets(DP, strides, WIDE)[None, :], mask=m_x, other=0.0)
+        b_x = load_pixels(src, strides, i_b, i_h, o_y, o_x, H, W, D, DP, WIDE)
+    return b_x
+
+
+@triton.jit
+def load_pixels(src, strides, i_b, i_h, o_y, o_x, H, W, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr):
+    """[N, DP] pixels (o_y, o_x) of a map by pointer; zeros outside the map and in channels D .. DP-1."""
+    p_x = head_start(src, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)[:, None]
+    m_x = inside(o_y, o_x, H, W)[:, None]
+    if DP > D:
+        m_x = m_x & (tl.arange(0, DP) < D)[None, :]
+    return tl.load(p_x + channel_offsets(DP, strides, WIDE)[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_keys(
+    src, strides, i_b, i_h, y0, x0, H, W,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    WAY: tl.constexpr, WIDE: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """`load_block` of the positions from (y0, x0) on, folded into the map where its border folds."""
+    if Y.folds or X.folds:
+        o_y, o_x = pixels(y0, x0, ROWS, COLS)
+        b_x = load_pixels(src, strides, i_b, i_h, fold(o_y, H, Y), fold(o_x, W, X), H, W, D, DP, WIDE)
+    else:
+        b_x = load_block(src, strides, i_b, i_h, y0, x0, H, W, ROWS, COLS, D, DP, WAY, WIDE)
     return b_x
 
 
@@ -175,10 +170,16 @@ def store_block(
 
 
 @triton.jit
-def float_pointers(ptr, i_b, i_h, o_y, o_x, H, W, heads):
-    """Of the floats per pixel and head, [B, heads, H, W] contiguous."""
-    i_image = (i_b.to(tl.int64) * heads + i_h) * H
-    return ptr + (i_image + o_y) * W + o_x
+def load_floats(ptr, strides, i_b, i_h, o_y, o_x, H, W, other, WIDE: tl.constexpr):
+    """[N] floats of pixels, of a map that has one per pixel and head; `other` outside the map."""
+    p_x = head_start(ptr, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)
+    return tl.load(p_x, mask=inside(o_y, o_x, H, W), other=other)
+
+
+@triton.jit
+def store_floats(ptr, b_x, strides, i_b, i_h, o_y, o_x, H, W, WIDE: tl.constexpr):
+    p_x = head_start(ptr, i_b, i_h, strides) + pixel_offsets(o_y, o_x, strides, WIDE)
+    tl.store(p_x, b_x, mask=inside(o_y, o_x, H, W))
 
 
 @triton.jit

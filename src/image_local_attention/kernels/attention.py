@@ -28,6 +28,7 @@ from .tile import (
     LOG2E,
     NEVER,
     add_product,
+    inside,
     load_block,
     load_floats,
     load_keys,
@@ -86,6 +87,9 @@ def forward_kernel(
     o_y, o_x = pixels(y0, x0, TH, TW)
     o_start_y, o_top, rows = window_span(o_y, HK, H, True, Y)
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
+    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
+    o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
+    m_q = inside(o_y, o_x, H, W)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     if NEGATE:
         b_q = -b_q
@@ -104,31 +108,30 @@ def forward_kernel(
             first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
             for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
+                o_row = o_ky + i_row * ROWS
+                # What small loads bring is asked for first, for nothing else hides their latency.
+                if mask_ptr is not None:
+                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                if bias_ptr is not None:
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows & m_q[:, None], Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
-                b_s = scores(b_cols, b_q, b_k, PRODUCT)
-                o_row = o_ky + i_row * ROWS
-                if PART != 1:  # a minimum is cheaper than a selection
-                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                    b_s = tl.minimum(b_s, tl.where(m_rows, float("inf"), ABSENT))
+                if bias_ptr is not None:
+                    b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_bias * LOG2E
+                else:
+                    b_s = scores(b_cols, b_q, b_k, PRODUCT)
+                    if PART != 1:  # a minimum is cheaper than a selection
+                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                        b_s = tl.minimum(b_s, tl.where(m_rows, float("inf"), ABSENT))
                 if RASTER:
-                    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, ABSENT, b_s)
                 if mask_ptr is not None:
-                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
                     b_s = tl.where(m_k[None, :], b_s, ABSENT)
-                if bias_ptr is not None:
-                    o_by, o_bx = (
-                        first_entry(o_y, HK, H, BY_DISPLACEMENT, Y),
-                        first_entry(o_x, WK, W, BY_DISPLACEMENT, X),
-                    )
-                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, BY_DISPLACEMENT, Y, X)
-                    b_s = b_s * scale_log2 + b_bias * LOG2E
-                    b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, 1.0, PRODUCT)
-                else:
-                    b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT)
+                step_scale = 1.0 if bias_ptr is not None else scale_log2
+                b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
     b_sum = tl.sum(b_l, 1)
     b_lse = (b_m + tl.log2(b_sum)) * LN2
     if mask_ptr is not None:  # no key at all
@@ -187,6 +190,9 @@ def grad_query_kernel(
     o_y, o_x = pixels(y0, x0, TH, TW)
     o_start_y, o_top, rows = window_span(o_y, HK, H, True, Y)
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
+    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
+    o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
+    m_q = inside(o_y, o_x, H, W)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
     b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE) * LOG2E
@@ -206,26 +212,26 @@ def grad_query_kernel(
             first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
             for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
+                o_row = o_ky + i_row * ROWS
+                if mask_ptr is not None:
+                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                if bias_ptr is not None:
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows & m_q[:, None], Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
-                b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
-                o_row = o_ky + i_row * ROWS
                 if bias_ptr is not None:
-                    o_by, o_bx = (
-                        first_entry(o_y, HK, H, BY_DISPLACEMENT, Y),
-                        first_entry(o_x, WK, W, BY_DISPLACEMENT, X),
-                    )
-                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_s += load_bias(bias_ptr, bias_s, i_h, *o_pairs, BY_DISPLACEMENT, Y, X) * LOG2E
-                if PART != 1:
-                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                    b_s = tl.where(m_rows, b_s, NEVER)
+                    b_s = product(b_q, b_k, PRODUCT) * scale_log2 + (b_bias * LOG2E - b_lse[:, None])
+                else:
+                    b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                    if PART != 1:
+                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                        b_s = tl.where(m_rows, b_s, NEVER)
                 if RASTER:
-                    o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, NEVER, b_s)
                 if mask_ptr is not None:
-                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
                     b_s = tl.where(m_k[None, :], b_s, NEVER)
                 b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
                 b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
@@ -269,6 +275,8 @@ def grad_key_value_kernel(
     o_y, o_x = pixels(y0, x0, TH, TW)
     b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]
     b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
+    if mask_ptr is not None:
+        m_k = takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)
     b_grad_k = tl.zeros([TH * TW, DKP], tl.float32)
     b_grad_v = tl.zeros([TH * TW, DVP], tl.float32)
     for i_image_y in tl.range(images_y if Y.folds else 1):
@@ -299,19 +307,20 @@ def grad_key_value_kernel(
                         b_lse = load_floats(lse_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, float("inf"), WIDE) * LOG2E
                         if mask_ptr is not None:
                             b_lse = finite(b_lse)
-                        b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]  # [M, N]
-                        if bias_ptr is not None:
-                            o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
-                            o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
-                            o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
-                            b_s += load_bias(bias_ptr, bias_s, i_q, *o_pairs, BY_DISPLACEMENT, Y, X) * LOG2E
                         o_start, o_top, rows = window_span(o_qy, HK, H, False, Y)
-                        m_s = visible(o_py[:, None], o_start[None, :], o_top[None, :], rows[None, :], Y)
+                        m_s = visible(o_py[:, None], o_start[None, :], o_top[None, :], rows[None, :], Y)  # [M, N]
                         if RASTER:
                             o_cy, o_cx = centre(o_qy, HK, H, Y), centre(o_qx, WK, W, X)
                             m_s = m_s & ~after(o_py[:, None], o_px[:, None], o_cy[None, :], o_cx[None, :])
                         if mask_ptr is not None:
-                            m_s = m_s & takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)[:, None]
+                            m_s = m_s & m_k[:, None]
+                        b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
+                        if bias_ptr is not None:
+                            o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
+                            o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
+                            o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
+                            m_b = m_s & (b_cols == 0.0) & inside(o_qy, o_qx, H, W)[None, :]
+                            b_s += load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_b, Y, X) * LOG2E
                         b_p = tl.exp2(tl.where(m_s, b_s, NEVER))
                         if grad_v_ptr is not None:
                             b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)

@@ -32,16 +32,24 @@ def bias_gradient_kernel(
         i_b = i_tile // (tiles_y * tiles_x)
         y0, x0 = i_tile // tiles_x % tiles_y * TH, i_tile % tiles_x * TW
         o_y, o_x = pixels(y0, x0, TH, TW)
-        o_start_y, o_start_x = window_start(o_y, HK, H, Y), window_start(o_x, WK, W, X)
-        o_ky = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y) + i_entry * Y.dilation
+        o_start_y = window_start(tl.minimum(o_y, H - 1), HK, H, Y)
+        o_start_x = window_start(tl.minimum(o_x, W - 1), WK, W, X)
+        o_by = first_entry(tl.minimum(o_y, H - 1), HK, H, BY_DISPLACEMENT, Y)
+        o_bx = first_entry(tl.minimum(o_x, W - 1), WK, W, BY_DISPLACEMENT, X)
+        # Of the entries of a row, those that some query of the tile has; of the row, whether some has it.
+        o_top, o_left = (o_start_y - o_by) // Y.dilation, (o_start_x - o_bx) // X.dilation
+        first, end = tl.min(o_left, 0), tl.max(o_left, 0) + X.kernel
+        if (i_entry < tl.min(o_top, 0)) | (i_entry >= tl.max(o_top, 0) + Y.kernel):
+            end = first
+        o_ky = o_by + i_entry * Y.dilation
         m_y = inside(o_y, o_x, H, W) & (o_ky >= o_start_y) & (o_ky < o_start_y + Y.reach)
         if grad_ptr is None:
             b_q = load_pixels(q_ptr, q_s, i_b, i_h, o_y, o_x, H, W, DK, DKP, WIDE).to(tl.float32)  # [M, DKP]
             b_g = load_pixels(g_ptr, g_s, i_b, i_h, o_y, o_x, H, W, DV, DVP, WIDE).to(tl.float32)  # [M, DVP]
             b_lse = finite(load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE))
             b_delta = load_floats(delta_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
-        for i_column in tl.range(entries(X.kernel, BY_DISPLACEMENT)):
-            o_kx = first_entry(o_x, WK, W, BY_DISPLACEMENT, X) + i_column * X.dilation
+        for i_column in tl.range(first, end):
+            o_kx = o_bx + i_column * X.dilation
             m_s = m_y & (o_kx >= o_start_x) & (o_kx < o_start_x + X.reach) & ~absent(o_ky, o_kx, HK, WK, Y, X)
             if RASTER:
                 m_s = m_s & ~after(o_ky, o_kx, centre(o_y, HK, H, Y), centre(o_x, WK, W, X))
@@ -51,8 +59,7 @@ def bias_gradient_kernel(
                 o_fy, o_fx = fold(o_ky, HK, Y), fold(o_kx, WK, X)
                 b_k = load_pixels(k_ptr, k_s, i_b, i_kv, o_fy, o_fx, HK, WK, DK, DKP, WIDE).to(tl.float32)
                 b_v = load_pixels(v_ptr, v_s, i_b, i_kv, o_fy, o_fx, HK, WK, DV, DVP, WIDE).to(tl.float32)
-                o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
-                b_bias = load_bias(bias_ptr, bias_s, i_h, o_ky, o_kx, o_by, o_bx, BY_DISPLACEMENT, Y, X)
+                b_bias = load_bias(bias_ptr, bias_s, i_h, o_ky, o_kx, o_by, o_bx, m_s, Y, X)
                 b_s = tl.sum(b_q * b_k, 1) * scale_log2 + (b_bias - b_lse) * LOG2E
                 b_ds = tl.exp2(tl.where(m_s, b_s, NEVER)) * (tl.sum(b_g * b_v, 1) - b_delta)
             else:

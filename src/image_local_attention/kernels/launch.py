@@ -97,11 +97,11 @@ class Launch:
         depth = max(each.shape[4] for each in maps)
         planes = "planes" in layouts[len(kept) :]
         kernel = problem.rules.window.kernel
-        chosen = task, product, depth, kernel, planes, problem.plain
-        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
-
         scattered = y.lattice * x.lattice > 1
         folded = not transposed and (y.folds or x.folds)
+        chosen = task, product, depth, kernel, planes, problem.plain, not (scattered or folded)
+        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
+
         by_pointer = self.plan.stream_by_pointer or scattered or folded
         side_by_side = x.lattice == 1 and not folded
         ways = [_way(gpu, each, by_pointer, side_by_side) for each in layouts[len(kept) :]]

@@ -49,7 +49,7 @@ class Row(NamedTuple):
     depth: int  # most channels per head
     width: int  # widest window
     plan: Plan
-    plain: bool = False  # only for plain windows: it leaves no registers for other terms
+    wants: str = ""  # "plain" windows, for it leaves no registers for other terms; "copies" through descriptors
 
 
 ANY = 1 << 30
@@ -64,12 +64,13 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, 2048-32-k7
             Row(32, ANY, Plan((4, 8), 64, 1, 3)),  # 512-4x16-k21 0.397
-            Row(64, 9, Plan((4, 8), 32, 1, 3), plain=True),  # 8x128-8x64-k7 0.216, 64-2x64-k7 0.0128
-            Row(64, 9, Plan((8, 8), 64, 4, 3)),  # 8x128-8x64-k7 0.228
+            Row(64, 9, Plan((4, 8), 32, 1, 3), "copies"),  # 8x128-8x64-k7 0.216, 64-2x64-k7 0.0128
+            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2, 0.248
             Row(64, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x64-k13 0.352
             Row(64, ANY, Plan((8, 8), 64, 4, 3)),  # 512-64-k21 0.162
             Row(128, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x128-k13
-            Row(128, ANY, Plan((8, 8), 64, 4, 3)),  # 256-24x128-k81 13.6
+            Row(128, 40, Plan((8, 8), 64, 4, 3)),
+            Row(128, ANY, Plan((8, 16), 128, 8, 3)),  # 256-24x128-k81 13.6
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
@@ -147,22 +148,23 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     },
     "grad_key_value": {
         ("half", False): (
-            Row(16, 13, Plan((4, 8), 32, 1, keep_by_pointer=True)),  # 512-4x16-k7 0.151
+            Row(16, 13, Plan((4, 8), 32, 1, keep_by_pointer=True, stream_by_pointer=True)),  # 512-4x16-k7 0.147
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.876
-            Row(32, ANY, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
-            Row(64, 9, Plan((4, 8), 16, 1, 3, True, True), plain=True),  # 8x128-8x64-k7 0.419
+            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.511
+            Row(64, 9, Plan((4, 8), 16, 1, 3, True, True), "plain"),  # 8x128-8x64-k7 0.419
+            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, border shift, 0.514
             Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.678
-            Row(64, 80, Plan((4, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), plain=True),  # 512-64-k21 0.349
+            Row(64, 80, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), "plain"),  # 512-64-k21 0.320
             Row(64, ANY, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),
             Row(128, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x128-k13 1.27
-            Row(128, ANY, Plan((8, 8), 32, 4, 3, hoist=False), plain=True),  # 256-24x128-k81 26.2
+            Row(128, ANY, Plan((8, 8), 32, 4, 3, hoist=False), "plain"),  # 256-24x128-k81 26.2
             Row(128, ANY, Plan((8, 8), 16, 4, 3)),
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
-            Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), plain=True),  # 2048-32-k7 1.68
+            Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.680, 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
@@ -171,7 +173,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("tf32", False): (
-            Row(64, 11, Plan((4, 4), 16, 1, hoist=False), plain=True),  # 512-64-k5-tf32 0.151, 512-64-k11-tf32 0.412
+            Row(64, 11, Plan((4, 4), 16, 1, hoist=False), "plain"),  # 512-64-k5-tf32 0.153, 512-64-k11-tf32 0.390
             Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
@@ -183,14 +185,14 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 32, 1, keep_by_pointer=True, hoist=False)),  # 512-16-k11-3x 0.224
             # 512-64-k5-3x 0.262, 512-64-k11-3x 0.756, 128-64-k21-3x 0.126
-            Row(64, ANY, Plan((4, 4), 32, 2, keep_by_pointer=True, hoist=False), plain=True),
+            Row(64, ANY, Plan((4, 4), 32, 2, keep_by_pointer=True, hoist=False), "plain"),
             Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(16, ANY, Plan((4, 4), 32, 1, 3, hoist=False)),  # 512-16-k11-3x 0.272
             Row(32, ANY, Plan((4, 4), 16, 1)),
-            Row(64, 11, Plan((4, 4), 32, 2, 3, hoist=False), plain=True),  # 512-64-k5-3x, 512-64-k11-3x 0.972
+            Row(64, 11, Plan((4, 4), 32, 2, 3, hoist=False), "plain"),  # 512-64-k5-3x, 512-64-k11-3x 0.972
             Row(64, ANY, Plan((4, 4), 16, 2)),  # 128-64-k21-3x 0.176
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
@@ -215,12 +217,20 @@ def plans() -> Iterator[tuple[str, str, bool, Row]]:
                 yield task, product, planes, row
 
 
-def choose(task: str, product: str, depth: int, kernel: tuple[int, int], planes: bool, plain: bool = True) -> Plan:
+def choose(
+    task: str,
+    product: str,
+    depth: int,
+    kernel: tuple[int, int],
+    planes: bool,
+    plain: bool = True,
+    copies: bool = True,
+) -> Plan:
     """The plan of a task: "forward", "delta", "grad_query", "grad_key_value" or "unfused".
 
     product: one of `gpu.PRODUCTS`. depth: most channels per head of its maps. planes: whether the streamed maps have
     their columns side by side, so that blocks must begin on whole vectors. plain: whether one window slides over the
-    map, and nothing but it decides on logits.
+    map, and nothing but it decides on logits. copies: whether the streamed maps may be copied through descriptors.
     """
     if task == "delta":
         rows = _DELTA
@@ -229,4 +239,4 @@ def choose(task: str, product: str, depth: int, kernel: tuple[int, int], planes:
     else:
         rows = _TABLE[task]["exact" if product == "three-pass" else product, planes]
     fitting = (row for row in rows if depth <= row.depth and kernel[1] <= row.width)
-    return next(row.plan for row in fitting if plain or not row.plain)
+    return next(row.plan for row in fitting if {"plain": plain, "copies": copies, "": True}[row.wants])

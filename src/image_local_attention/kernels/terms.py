@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .geometry import centre, fold, window_start
-from .tile import inside, load_floats
+from .tile import load_floats
 
 
 @triton.constexpr_function
@@ -22,12 +22,16 @@ def first_entry(o_q, size, queries, BY_DISPLACEMENT: tl.constexpr, A: tl.constex
 
 
 @triton.jit
-def load_bias(ptr, strides, i_h, o_ky, o_kx, o_y, o_x, BY_DISPLACEMENT: tl.constexpr, Y: tl.constexpr, X: tl.constexpr):
-    """The bias [heads, kH, kW], or by displacement, of keys (o_ky, o_kx) from first entries (o_y, o_x); 0 elsewhere."""
-    o_i, o_j = (o_ky - o_y) // Y.dilation, (o_kx - o_x) // X.dilation
-    m_b = inside(o_i, o_j, entries(Y.kernel, BY_DISPLACEMENT), entries(X.kernel, BY_DISPLACEMENT))
-    p_b = ptr + i_h * strides[0] + o_i * strides[1] + o_j * strides[2]
-    return tl.load(p_b, mask=m_b, other=0.0).to(tl.float32)
+def load_bias(ptr, strides, i_h, o_ky, o_kx, o_y, o_x, m_s, Y: tl.constexpr, X: tl.constexpr):
+    """The bias [heads, kH, kW], or by displacement, of keys (o_ky, o_kx) from first entries (o_y, o_x).
+
+    Minus infinity where not `m_s`: pairs of a query in the map and a key in its window, whose entries alone are there.
+    """
+    if Y.dilation * X.dilation > 1:
+        o_b = (o_ky - o_y) // Y.dilation * strides[1] + (o_kx - o_x) // X.dilation * strides[2]
+    else:  # one subtraction for a pair
+        o_b = (o_ky * strides[1] + o_kx * strides[2]) - (o_y * strides[1] + o_x * strides[2])
+    return tl.load(ptr + i_h * strides[0] + o_b, mask=m_s, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit

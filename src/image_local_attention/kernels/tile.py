@@ -83,7 +83,8 @@ def part_bounds(PART: tl.constexpr, PARTS: tl.constexpr, rows, TH: tl.constexpr,
 
 @triton.jit
 def inside(o_y, o_x, H, W):
-    return (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W)
+    """Whether pixels are in a map, in one comparison for an axis: what is negative wraps around."""
+    return (o_y.to(tl.uint32) < H) & (o_x.to(tl.uint32) < W)
 
 
 @triton.jit

@@ -93,13 +93,13 @@ def similarity_kernel(
             b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, D, DP, K_WAY, WIDE, Y, X)
             b_w = product(b_q, b_k, PRODUCT) * scale  # [M, N]
             o_pairs = o_ky[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-            if bias_ptr is not None:
-                b_w += load_bias(bias_ptr, bias_s, i_h, *o_pairs, BY_DISPLACEMENT, Y, X)
             m_absent = absent(o_ky, o_kx, HK, WK, Y, X)
             if mask_ptr is not None:
                 m_absent = m_absent | ~takes_part(mask_ptr, mask_s, i_b, i_kv, o_ky, o_kx, HK, WK, WIDE, Y, X)
             o_q = o_y[:, None], o_x[:, None]
             o_w, m_w, m_before = slots(*o_q, o_ky[None, :], o_kx[None, :], H, W, HK, WK, w_s, RASTER, WIDE, Y, X)
+            if bias_ptr is not None:
+                b_w += load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_w & m_q[:, None], Y, X)
             if RASTER:
                 b_w = tl.where(m_before, b_w, nothing)
             if Y.absent or X.absent or mask_ptr is not None:

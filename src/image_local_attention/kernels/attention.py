@@ -89,7 +89,8 @@ def forward_kernel(
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
     o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
-    m_q = inside(o_y, o_x, H, W)
+    if bias_ptr is not None:  # windows of queries outside of the map have no entries
+        rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     if NEGATE:
         b_q = -b_q
@@ -98,7 +99,7 @@ def forward_kernel(
     b_l = tl.zeros([TH * TW, LANES], tl.float32)
     halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
     halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
-    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER)
+    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER or mask_ptr is not None or bias_ptr is not None)
     for i_col in tl.range(n_cols):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
@@ -112,25 +113,28 @@ def forward_kernel(
                 # What small loads bring is asked for first, for nothing else hides their latency.
                 if mask_ptr is not None:
                     m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                    b_most = tl.where(m_k, float("inf"), ABSENT)[None, :]
+                else:
+                    b_most = float("inf")
                 if bias_ptr is not None:
                     m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
                     o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows & m_q[:, None], Y, X)
+                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
                 if bias_ptr is not None:
-                    b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_bias * LOG2E
+                    b_s = product(b_q, b_k, PRODUCT) * (scale_log2 * LN2) + b_bias
+                    if mask_ptr is not None:
+                        b_s = tl.minimum(b_s, b_most)
                 else:
                     b_s = scores(b_cols, b_q, b_k, PRODUCT)
                     if PART != 1:  # a minimum is cheaper than a selection
                         m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                        b_s = tl.minimum(b_s, tl.where(m_rows, float("inf"), ABSENT))
+                        b_s = tl.minimum(b_s, tl.where(m_rows, b_most, ABSENT))
                 if RASTER:
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, ABSENT, b_s)
-                if mask_ptr is not None:
-                    b_s = tl.where(m_k[None, :], b_s, ABSENT)
-                step_scale = 1.0 if bias_ptr is not None else scale_log2
+                step_scale = LOG2E if bias_ptr is not None else scale_log2
                 b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
     b_sum = tl.sum(b_l, 1)
     b_lse = (b_m + tl.log2(b_sum)) * LN2
@@ -192,7 +196,8 @@ def grad_query_kernel(
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
     o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
-    m_q = inside(o_y, o_x, H, W)
+    if bias_ptr is not None:  # windows of queries outside of the map have no entries
+        rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
     b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE) * LOG2E
@@ -202,7 +207,7 @@ def grad_query_kernel(
     b_grad_q = tl.zeros([TH * TW, DKP], tl.float32)
     halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
     halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
-    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER)
+    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER or bias_ptr is not None)
     for i_col in tl.range(n_cols):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
@@ -218,7 +223,7 @@ def grad_query_kernel(
                 if bias_ptr is not None:
                     m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
                     o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows & m_q[:, None], Y, X)
+                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
                 if bias_ptr is not None:
@@ -232,7 +237,7 @@ def grad_query_kernel(
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, NEVER, b_s)
                 if mask_ptr is not None:
-                    b_s = tl.where(m_k[None, :], b_s, NEVER)
+                    b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[None, :])
                 b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
                 b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
@@ -308,20 +313,22 @@ def grad_key_value_kernel(
                         if mask_ptr is not None:
                             b_lse = finite(b_lse)
                         o_start, o_top, rows = window_span(o_qy, HK, H, False, Y)
+                        if bias_ptr is not None:
+                            rows = tl.where(inside(o_qy, o_qx, H, W), rows, 0)
                         m_s = visible(o_py[:, None], o_start[None, :], o_top[None, :], rows[None, :], Y)  # [M, N]
                         if RASTER:
                             o_cy, o_cx = centre(o_qy, HK, H, Y), centre(o_qx, WK, W, X)
                             m_s = m_s & ~after(o_py[:, None], o_px[:, None], o_cy[None, :], o_cx[None, :])
-                        if mask_ptr is not None:
-                            m_s = m_s & m_k[:, None]
                         b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
                         if bias_ptr is not None:
                             o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
                             o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
                             o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
-                            m_b = m_s & (b_cols == 0.0) & inside(o_qy, o_qx, H, W)[None, :]
-                            b_s += load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_b, Y, X) * LOG2E
-                        b_p = tl.exp2(tl.where(m_s, b_s, NEVER))
+                            b_s += load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_s & (b_cols == 0.0), Y, X) * LOG2E
+                        b_s = tl.where(m_s, b_s, NEVER)
+                        if mask_ptr is not None:
+                            b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[:, None])
+                        b_p = tl.exp2(b_s)
                         if grad_v_ptr is not None:
                             b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
                         if grad_k_ptr is not None:

@@ -74,9 +74,9 @@ class Launch:
     """A launch over maps [B, heads, H, W, D]: each program keeps a tile of some and streams the halo of others.
 
     tiles: (batch, heads, height, width) of the grid that is taken apart into tiles. transposed: these are of keys, and
-    the halo is of queries. `sources` are those of the kept, then of the streamed maps. Where windows slide, tiles are
-    shifted left by `shift` columns, and halos begin `pad` columns early where their blocks cover these anyway, so
-    that copies begin where they are cheap; elsewhere halos begin on multiples of `align` columns.
+    the halo is of queries. `sources` are those of the kept, then of the streamed maps. Tiles are shifted left by
+    `shift` columns, and halos begin `pad` columns early where their blocks cover these anyway, so that copies begin
+    where they are cheap as long as windows slide; where they do not, halos begin on multiples of `align` columns.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Launch:
         )
         self.pad = self.shift = 0
         self.align = step
-        if x.slides and not (transposed and x.folds):
+        if not (x.scaled or (transposed and x.folds)):
             lead = x.reach - 1 - x.lead if transposed else x.lead
             self.pad = self.plan.free_columns(reach, -lead % vector, step)
             self.shift = -(lead + self.pad) % step

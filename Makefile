@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-bench gpu-options clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-memcheck gpu-bench gpu-options clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -30,6 +30,11 @@ denoise-bench: $(READY)  ## the photograph, against scikit-image
 # On a machine with a GPU, with the Python that has its torch: make gpu-test PYTHON=python3
 gpu-test:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+# Reads and writes past an allocation, of every kernel with every option; without torch's cache of allocations.
+gpu-memcheck:
+	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m tests.launch_options
 
 # GPU names the file that the rows are for.
 GPU ?= h200

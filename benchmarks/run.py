@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -281,13 +282,20 @@ def warm_up(cases: Sequence, processes: int, compile_one: Callable = compile_ker
     spawn = multiprocessing.get_context("spawn")
 
     def exit_code(case: object) -> int:
-        process = spawn.Process(target=compile_one, args=(case,))
+        process = spawn.Process(target=_do_and_leave, args=(compile_one, case))
         process.start()
         process.join()
         return process.exitcode
 
     with ThreadPoolExecutor(processes) as pool:
         return [case for case, code in zip(cases, pool.map(exit_code, cases), strict=True) if code != 0]
+
+
+def _do_and_leave(fn: Callable, argument: object) -> None:
+    """Ends the process where the work is done: threads of torch may abort one that takes its leave."""
+    fn(argument)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def rows_table(rows: Sequence[Row]) -> Table:

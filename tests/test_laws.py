@@ -232,22 +232,46 @@ def test_tiny_logits_under_zeros_lose_to_the_border(target, border):
     assert lse[..., ~rim].max() < -9e3
 
 
-@borders
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_results_are_repeatable_bit_for_bit(target, dtype, border, layout):
-    size = (1, 3, 4, 5) if target.interpreted else (2, 6, 19, 21)
+@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+def deterministic(request):
+    """Whether torch is to refuse what may differ from run to run, and to fill fresh memory."""
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+REPEATED = {  # with options that fold keys, share heads or sum over pixels
+    "zeros": {"border": "zeros"},
+    "folds": {"border": ("replicate", "circular"), "dilation": (1, 2), "kv_heads": 1},
+    "shift": {"border": "shift", "bias": (9, 9)},
+    "raster": {"border": "mask", "causal": "raster", "bias": (5, 5)},
+}
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("options", REPEATED.values(), ids=REPEATED)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_are_repeatable_bit_for_bit(target, dtype, options, layout):
+    """100 runs of the kernels on a GPU, where programs run in any order."""
+    if target.interpreted:
+        pytest.skip("one program after the other")
+    size = (2, 8, 19, 21)
+    q, k, v = (lay_out(x, layout).requires_grad_() for x in three_maps(target.device, dtype, size))
+    options = {"heads": 2, "backend": target.backend} | options
+    inputs = [q, k, v] if "kv_heads" not in options else [q, k[:, : size[1] // 2], v[:, : size[1] // 2]]
+    shape = options.pop("bias", None)
+    bias = None if shape is None else normal(2, *shape, seed=5, device=target.device, dtype=dtype).requires_grad_()
 
     def once():
-        maps = [lay_out(x, layout).requires_grad_() for x in three_maps(target.device, dtype, size)]
-        q, k, v = maps
-        options = {"heads": 3, "border": "zeros", "backend": target.backend}
-        out, lse = local_attention(*maps, 5, return_lse=True, **options | {"border": border})
-        unfused = local_aggregate(local_similarity(q, k, 3, **options), v, 3, **options)
+        out, lse = local_attention(*inputs, 5, return_lse=True, bias=bias, **options)
+        weight = local_similarity(*inputs[:2], 5, bias=bias, **options)
+        weight = weight.masked_fill(weight.isinf(), 0.0)
+        unfused = local_aggregate(weight, inputs[2], 5, **options)
         loss = out.float().square().sum() + lse.float().sum() + unfused.float().square().sum()
-        return out, lse, unfused, *torch.autograd.grad(loss, maps)
+        return out, lse, unfused, *torch.autograd.grad(loss, [q, k, v] + ([] if bias is None else [bias]))
 
     first = once()
-    for _ in range(1 if target.interpreted else 5):
+    for _ in range(100 if target.device == "cuda" and target.backend == "triton" else 3):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
 
 

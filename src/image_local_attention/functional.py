@@ -58,15 +58,15 @@ def local_attention(
     return_lse: also return the natural log-sum-exp of the logits over each window, [B, heads, H, W] in fp32
         (fp64 for fp64), differentiable. Under "zeros" it counts the keys outside the map. `merge` joins results over
         several key sets.
-    backend: None chooses: "triton" on a GPU for fp16 and bf16 up to 256 channels per head and fp32 up to 128, as
-        long as the window is plain (border "zeros" or "mask" alike on both axes, no dilation, causality, bias,
-        key_mask, grouped heads or grids of two sizes), else "tiled". "triton", "tiled" and "reference" demand one.
+    backend: None chooses: "triton" on a GPU for fp16 and bf16 up to 256 channels per head and fp32 up to 128, else
+        "tiled". "triton", "tiled" and "reference" demand one. Each takes every option.
 
     Returns [B, heads*Dv, H, W] in the dtype and memory format of query (channels_last stays so, else contiguous). Sums
     are taken in fp32 at least. On a GPU, fp32 products follow torch.set_float32_matmul_precision: exact by default.
 
     Memory: the output and one float per pixel and head; the backward takes the gradients and one float per pixel
-    and head more (triton), or a bounded strip (tiled). Differentiable any number of times, in reverse and forward mode;
+    and head more (triton; some sums of each entry more for the gradient of a bias), or a bounded strip (tiled).
+    Differentiable any number of times, in reverse and forward mode;
     second derivatives and forward mode go through the unfused operators and take their weight map,
     [B, heads, H, W, kH*kW]. torch.func's transformations apply.
 

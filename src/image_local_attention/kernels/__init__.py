@@ -19,7 +19,7 @@ from .gpu import padded
 from .launch import Launch, Problem, depths, strides, tile_grid, ways, wide
 
 LOG2E = 1.4426950408889634
-TINY = 2.0**-126  # the least normal fp32, for a scale of 0: its product with minus infinity is no NaN
+TINY = 2.0**-126  # the least normal fp32: the product of less, a zero, with minus infinity is NaN
 BIAS_TILE = 4, 16
 BIAS_PROGRAMS = 8192  # of the gradient of a bias, about: as many sums of it are kept, whatever the GPU
 
@@ -37,12 +37,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[
         *(q.handle, k.handle, v.handle, out, lse, *problem.terms),
         *(q.strides, k.strides, v.strides, *strides(out, lse[..., None], *problem.terms)),
         *(*problem.sizes, query.shape[1]),
-        max(abs(scale) * LOG2E, TINY),
+        max(abs(scale) * LOG2E, TINY) if scale else 1.0,
         addressed=(query, key, value, out),
         **depths(query, value),
         **ways(q=q, k=k, v=v),
         BY_DISPLACEMENT=rules.by_displacement,
-        NEGATE=scale < 0,
+        SIGN=(scale > 0) - (scale < 0),
     )
     return out, lse
 

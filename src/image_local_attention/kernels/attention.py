@@ -66,11 +66,11 @@ def forward_kernel(
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
-    NEGATE: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
+    SIGN: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(scale * <q, k_ij> + bias_ij) v_ij and its log-sum-exp.
 
-    `scale_log2` is positive, NEGATE turns the queries. GROUP heads of queries share one of keys and values.
+    `scale_log2` is positive, SIGN that of the scale. GROUP heads of queries share one of keys and values.
     """
     i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
@@ -92,8 +92,8 @@ def forward_kernel(
     if bias_ptr is not None:  # windows of queries outside of the map have no entries
         rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
-    if NEGATE:
-        b_q = -b_q
+    if SIGN != 1:
+        b_q = b_q * SIGN
     b_o = tl.zeros([TH * TW, DVP], tl.float32)
     b_m = tl.full([TH * TW], NEVER, tl.float32)
     b_l = tl.zeros([TH * TW, LANES], tl.float32)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 APP = typer.Typer(add_completion=False)
 APP.command()(run.main)
-RESULTS = sorted(Path(run.__file__).parent.glob("results/*.json"))
+RESULTS = sorted(Path(run.__file__).parent.glob("results/h*.json"))
 SMALL = Case(2, 40, 70, 3, 4, 4, "fp32", layout="nchw", depth_value=5)
 
 

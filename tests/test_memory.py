@@ -248,6 +248,6 @@ def test_nothing_waits_for_the_garbage_collector(target, border):
         before = tensors_alive()
         for _ in range(3):
             step()
-        assert tensors_alive() == before
+        assert tensors_alive() <= before  # threads of a device may let go of what an earlier test left
     finally:
         gc.enable()

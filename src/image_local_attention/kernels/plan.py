@@ -55,10 +55,11 @@ class Row(NamedTuple):
 ANY = 1 << 30
 
 # By task, by how products are taken, by whether the streamed maps have their columns side by side. Rows are read
-# from the top, the first that is deep and wide enough is taken. A figure is milliseconds of that one kernel on an H200
-# when plans were tried, at the case named before it; docs/performance.md has what passes take. A case without a figure:
-# chosen there on an H100, by timings in which part of the host's time to launch was counted: plans were compared where
-# that is alike or, between ways to load, where the gain was larger than it. Without a case: by analogy.
+# from the top, the first that is deep and wide enough and has what it wants is taken. A figure is milliseconds of that
+# one kernel on an H200 when plans were tried, at the case named before it; docs/performance.md has what passes take. A
+# case without a figure: chosen there on an H100, by timings in which part of the host's time to launch was counted:
+# plans were compared where that is alike or, between ways to load, where the gain was larger than it. Without a case:
+# by analogy.
 _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "forward": {
         ("half", False): (

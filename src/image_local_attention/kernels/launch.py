@@ -1,5 +1,6 @@
 """From maps to a kernel launch: the plan, the ways to read them, the grid and the constants that follow."""
 
+import functools
 import math
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..rules import Rules
+from ..window import Axis, Window
 from . import gpu as gpus
 from . import plan
 from .geometry import Span, images, spans
@@ -32,8 +34,7 @@ class Problem:
     ) -> None:
         window = rules.window
         self.rules, self.kv_heads = rules, kv_heads
-        self.axes = window.axes(tuple(keys), tuple(queries))
-        self.spans = spans(window, self.axes, until_query)
+        self.axes, self.spans = _geometry(window, queries, keys, until_query)
         self.sizes = (*queries, *keys)
         self.constants = {
             "Y": self.spans[0],
@@ -68,6 +69,14 @@ class Problem:
         if mask is not None:
             mask = mask.view(torch.uint8)[:, None, ..., None].expand(-1, self.kv_heads, -1, -1, -1)
         return bias, mask
+
+
+@functools.lru_cache(maxsize=4096)  # every call of a model asks for the same few
+def _geometry(
+    window: Window, queries: tuple[int, int], keys: tuple[int, int], until_query: bool
+) -> tuple[tuple[Axis, Axis], tuple[Span, Span]]:
+    axes = window.axes(keys, queries)
+    return axes, spans(window, axes, until_query)
 
 
 class Launch:

@@ -73,6 +73,15 @@ def test_tiles_of_planes_are_whole_vectors():
         assert not planes or row.plan.tile[1] % (8 if product == "half" else 4) == 0, row
 
 
+@pytest.mark.parametrize("wants", [{"plain": False}, {"copies": False}, {"plain": False, "copies": False}], ids=str)
+def test_every_window_has_a_plan_that_has_what_it_wants(wants):
+    for task, product, planes, row in plan.plans():
+        for width in (1, row.width):
+            chosen = plan.choose(task, product, row.depth, (5, width), planes, **wants)
+            table = plan._TABLE[task][product, planes]
+            assert any(each.plan == chosen and wants.get(each.wants, True) for each in table)
+
+
 def distinct_shapes() -> list[plan.Plan]:
     """A plan for each tile and block in the table; the interpreter knows nothing of the rest."""
     shapes = {(row.plan.tile, row.plan.block): row.plan for *_, row in plan.plans()}

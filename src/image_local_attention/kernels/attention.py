@@ -137,7 +137,7 @@ def forward_kernel(
                 step_scale = LOG2E if bias_ptr is not None else scale_log2
                 b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
     b_sum = tl.sum(b_l, 1)
-    b_lse = b_m * LN2 + tl.log2(b_sum) * LN2  # rounded once
+    b_lse = (b_m + tl.log2(b_sum)) * LN2
     if mask_ptr is not None:  # no key at all
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
@@ -201,6 +201,8 @@ def grad_query_kernel(
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
     b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
+    if bias_ptr is None:
+        b_lse = b_lse * LOG2E
     if mask_ptr is not None:
         b_lse = finite(b_lse)
     b_delta = load_floats(delta_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
@@ -212,7 +214,7 @@ def grad_query_kernel(
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
         m_cols = visible(o_kx[None, :], o_start_x[:, None], o_left[:, None], cols[:, None], X)  # [M, N]
-        b_cols = tl.where(m_cols, -(b_lse * LOG2E)[:, None], NEVER)
+        b_cols = tl.where(m_cols, -b_lse[:, None], NEVER)
         for PART in tl.static_range(PARTS):
             first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
             for i_row in tl.range(first, end):
@@ -310,6 +312,8 @@ def grad_key_value_kernel(
                         b_g = load_block(g_src, g_s, i_b, i_q, q_y0, q_x0, H, W, ROWS, COLS, DV, DVP, G_WAY, WIDE)
                         # no query there: P is 0
                         b_lse = load_floats(lse_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, float("inf"), WIDE)
+                        if bias_ptr is None:
+                            b_lse = b_lse * LOG2E
                         if mask_ptr is not None:
                             b_lse = finite(b_lse)
                         o_start, o_top, rows = window_span(o_qy, HK, H, False, Y)
@@ -319,15 +323,14 @@ def grad_key_value_kernel(
                         if RASTER:
                             o_cy, o_cx = centre(o_qy, HK, H, Y), centre(o_qx, WK, W, X)
                             m_s = m_s & ~after(o_py[:, None], o_px[:, None], o_cy[None, :], o_cx[None, :])
-                        # The log-sum-exp is about as large as the logit: their difference is rounded least.
-                        if bias_ptr is not None:
+                        if bias_ptr is not None:  # natural, and close to each other: their difference is rounded least
                             o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
                             o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
                             o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
                             b_bias = load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_s & (b_cols == 0.0), Y, X)
                             b_s = (product(b_k, b_q, PRODUCT) * scale + (b_bias - b_lse[None, :])) * LOG2E
                         else:
-                            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + (b_cols - (b_lse * LOG2E)[None, :])
+                            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
                         b_s = tl.where(m_s, b_s, NEVER)
                         if mask_ptr is not None:
                             b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[:, None])

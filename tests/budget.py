@@ -9,7 +9,8 @@ at random.
 
 The maximum over a tensor does not see a pixel whose gradient is zeroed where gradients are small. So every pixel is
 judged by itself too, far more loosely: where plain code is within a twentieth of its length, ours must be
-within three quarters.
+within three quarters. Left out are pixels shorter than one rounding of the longest: a
+fused backward takes delta from the output, which was rounded, and that may cost as much.
 
 For fp64 results the oracle is no more exact than plain code, so its own error, as large again, comes on top. There,
 plain code and the oracle must agree: a yardstick that is wrong would allow everything.
@@ -72,12 +73,12 @@ def assert_within(name: str, got: Tensor, plain: list[Tensor], exact: Tensor, ep
     assert error <= budget, f"{name}: error {error:.3e} exceeds the budget of {budget:.3e}"
 
 
-def assert_pixels_within(name: str, got: Tensor, plain: list[Tensor], exact: Tensor) -> None:
+def assert_pixels_within(name: str, got: Tensor, plain: list[Tensor], exact: Tensor, eps: float) -> None:
     """Fails where a pixel of a map [B, C, H, W] is off by 3/4 of its length and plain code by no 1/20."""
     exact = _wide(exact).movedim(1, -1)
     off, *usual = ((_wide(x).movedim(1, -1) - exact).norm(dim=-1) for x in (got, *plain))
     length = exact.norm(dim=-1)
-    good = torch.stack(usual).amax(0) <= PLAIN_IS_GOOD * length
+    good = (torch.stack(usual).amax(0) <= PLAIN_IS_GOOD * length) & (length > eps * length.max())
     worst = (good & ~(off <= OURS_IS_BAD * length)).nonzero()
     assert len(worst) == 0, f"{name}: {len(worst)} pixels (batch, y, x) are far off, first {worst[0].tolist()}"
 

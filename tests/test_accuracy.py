@@ -112,7 +112,7 @@ def check(operator: Operator, problem: Problem, target, dtype) -> None:
     for name, x in got.items():
         assert_within(name, x, usual[name], exact[name], torch.finfo(x.dtype).eps)
         if name.startswith("gradient") and x.dim() == 4:
-            assert_pixels_within(name, x, usual[name], exact[name])
+            assert_pixels_within(name, x, usual[name], exact[name], torch.finfo(x.dtype).eps)
     assert_formats(operator, got, inputs, upstream)
 
 

@@ -56,12 +56,6 @@ def test_keys_are_those_that_some_query_sees(axis, first, count):
     assert set(axis.keys(first, count)) == set().union(*(seen(axis, q) for q in range(first, first + count)))
 
 
-@settings(max_examples=60)
-@given(sliding, st.integers(-5, 20))
-def test_the_first_query_that_sees_a_key(axis, key):
-    assert axis.first_query(key) == min(q for q in range(-40, 60) if key in seen(axis, q))
-
-
 @settings(max_examples=300)
 @given(served)
 def test_a_slot_is_one_key_of_every_query(axis):
@@ -154,14 +148,6 @@ def test_without_keys_or_queries_nothing_reaches_over(size, queries):
     assert Axis(5, size, "reflect", queries=queries).overhang == (0, 0)
 
 
-@settings(max_examples=60)
-@given(st.tuples(few, few))
-def test_leads_are_the_overhang_on_the_left(kernel):
-    window, axis = Window(kernel), Axis(kernel[1], 1)
-    assert window.lead == -min(seen(axis, 0))
-    assert window.query_lead == -min(q for q in range(-20, 20) if 0 in seen(axis, q))
-
-
 @st.composite
 def windows(draw):
     """A window that its borders serve, the size of the map and that of the queries' grid."""
@@ -200,33 +186,6 @@ def test_raster_drops_what_comes_after_the_query():
     dropped = [[window.dropped(i, j) for j in range(4)] for i in range(3)]
     assert dropped == [[False] * 4, [False, False, False, True], [True] * 4]
     assert not any(Window((3, 4)).dropped(i, j) for i in range(3) for j in range(4))
-
-
-SLIDES = [
-    (Window((3, 4)), (5, 6), (5, 6), True),
-    (Window((3, 4), ("mask", "mask")), (5, 6), (5, 6), True),
-    (Window((9, 1), ("mask", "mask")), (2, 2), (2, 2), True),
-    (Window((3, 4), ("zeros", "mask")), (5, 6), (5, 6), False),
-    (Window((3, 4), ("mask", "shift")), (5, 6), (5, 6), False),
-    (Window((3, 4), ("shift", "shift")), (5, 6), (5, 6), False),
-    (Window((3, 3), ("circular", "circular")), (5, 6), (5, 6), False),
-    (Window((3, 3), ("mask", "replicate")), (5, 6), (5, 6), False),
-    (Window((3, 4), dilation=(1, 2)), (5, 6), (5, 6), False),
-    (Window((3, 4), causal=(True, False)), (5, 6), (5, 6), False),
-    (Window((3, 4), ("shift", "shift"), causal=(True, True)), (5, 6), (5, 6), False),
-    (Window((3, 4), raster=True), (5, 6), (5, 6), False),
-    (Window((3, 4)), (5, 6), (5, 3), False),
-]
-
-
-@pytest.mark.parametrize(("window", "size", "queries", "slides"), SLIDES)
-def test_plain_windows_slide(window, size, queries, slides):
-    assert window.slides(size, queries) == slides
-
-
-@pytest.mark.parametrize("border", [(y, x) for y in BORDERS for x in BORDERS])
-def test_keys_outside_are_all_absent_unless_one_axis_counts_them(border):
-    assert Window((3, 3), border).masked == ("zeros" not in border)
 
 
 def test_axes_take_what_is_theirs():

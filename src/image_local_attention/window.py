@@ -96,10 +96,6 @@ class Axis:
         last = self.start(self.query_count - 1) + self.dilation * (self.kernel - 1)
         return max(-self.start(0), 0), max(last - (self.size - 1), 0)
 
-    def first_query(self, key: int) -> int:
-        """First query that sees a key, where windows slide: the inverse of `start(query) + kernel - 1`."""
-        return key - (self.kernel - 1) - self.start(0)
-
     def keys(self, first: int, count: int) -> range:
         """Keys that the queries `first .. first+count-1` see, where windows slide, in the map or out of it."""
         return range(self.start(first), self.start(first + count - 1) + self.kernel)
@@ -138,23 +134,3 @@ class Window:
     def dropped(self, i: int, j: int) -> bool:
         """Whether slot (i, j) comes after the query in raster order, where that matters."""
         return self.raster and (i, j) > (self.kernel[0] // 2, self.kernel[1] // 2)
-
-    @property
-    def masked(self) -> bool:
-        """Whether keys outside of the map are absent, whichever axis they are outside on."""
-        return "zeros" not in self.border
-
-    def slides(self, size: tuple[int, int], queries: tuple[int, int]) -> bool:
-        """Whether all windows are one window moved, over a map that ends at its border on every side alike."""
-        alike = len({border == "zeros" for border in self.border}) == 1
-        return alike and not self.raster and not any(self.causal) and all(a.sliding for a in self.axes(size, queries))
-
-    @property
-    def lead(self) -> int:
-        """Columns by which a window that slides begins left of its query."""
-        return -Axis(self.kernel[1], 1).start(0)
-
-    @property
-    def query_lead(self) -> int:
-        """Columns by which the queries that see a key begin left of it, where windows slide."""
-        return -Axis(self.kernel[1], 1).first_query(0)

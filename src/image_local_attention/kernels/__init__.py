@@ -1,7 +1,8 @@
 """The triton backend: launches of the kernels on heads `[B, heads, H, W, D]` of any strides.
 
 The fused forward takes the output and one float per pixel and head, the backward the gradients and one float per
-pixel and head (delta); the gradient of a bias a few thousand copies of one row of it. Maps are read where they lie.
+pixel and head (delta); the gradient of a bias at most BIAS_PROGRAMS rows like its own, or one of each row where it
+has more. Maps are read where they lie.
 """
 
 import torch

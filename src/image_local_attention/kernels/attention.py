@@ -14,7 +14,7 @@ from .geometry import (
     ends,
     image,
     key_halo,
-    lattice_size,
+    lattice_sizes,
     query_halo,
     seen,
     sublattice,
@@ -80,8 +80,7 @@ def forward_kernel(
     lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
     if mask_ptr is not None:
         mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
     o_y, o_x = pixels(y0, x0, TH, TW)
@@ -187,8 +186,7 @@ def grad_query_kernel(
     grad_q_ptr, grad_q_s = sublattice(grad_q_ptr, grad_q_s, i_y, i_x, Y, X)
     if mask_ptr is not None:
         mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
     o_y, o_x = pixels(y0, x0, TH, TW)
@@ -276,8 +274,7 @@ def grad_key_value_kernel(
         grad_v_ptr, grad_v_s = sublattice(grad_v_ptr, grad_v_s, i_y, i_x, Y, X)
     if mask_ptr is not None:
         mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
 
     o_y, o_x = pixels(y0, x0, TH, TW)
     b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]

@@ -5,7 +5,7 @@ the map too. A dilated window is a plain one on every lattice of pixels `dilatio
 into lattices wherever windows stay within one, and count pixels of that lattice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -65,7 +65,7 @@ def spans(
     """
     y, x = (_span(axis, lattices) for axis in axes)
     if window.raster and until_query:
-        y = Span(y.kernel, y.lead, y.lead + 1, y.dilation, y.lattice, y.border, y.scaled)
+        y = replace(y, reach=y.lead + 1)
     return y, x
 
 
@@ -99,6 +99,14 @@ def lattice_size(size, residue, LATTICE: tl.constexpr):
     if LATTICE > 1:
         size = (size - residue + LATTICE - 1) // LATTICE
     return size
+
+
+@triton.jit
+def lattice_sizes(H, W, HK, WK, i_y, i_x, Y: tl.constexpr, X: tl.constexpr):
+    """Sizes of one lattice of the queries' and the keys' grid."""
+    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
+    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    return H, W, HK, WK
 
 
 @triton.jit

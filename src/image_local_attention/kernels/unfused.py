@@ -13,7 +13,7 @@ from .geometry import (
     fold,
     image,
     key_halo,
-    lattice_size,
+    lattice_sizes,
     query_halo,
     seen,
     sublattice,
@@ -74,8 +74,7 @@ def similarity_kernel(
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
     if mask_ptr is not None:
         mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
     o_y, o_x = pixels(y0, x0, TH, TW)
@@ -124,8 +123,7 @@ def aggregate_kernel(
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
     x_src, x_s = sublattice(x_src, x_s, i_y, i_x, Y, X)
     o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
     o_y, o_x = pixels(y0, x0, TH, TW)
@@ -168,8 +166,7 @@ def aggregate_transpose_kernel(
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
     x_src, x_s = sublattice(x_src, x_s, i_y, i_x, Y, X)
     o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)
-    H, HK = lattice_size(H, i_y, Y.lattice), lattice_size(HK, i_y, Y.lattice)
-    W, WK = lattice_size(W, i_x, X.lattice), lattice_size(WK, i_x, X.lattice)
+    H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
 
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_k = inside(o_y, o_x, HK, WK)

@@ -42,8 +42,9 @@ _TILE = {"kernels.geometry", "kernels.tile"}
 KERNEL_LAW = {
     "kernels.geometry": set(),
     "kernels.tile": {"kernels.geometry"},
-    "kernels.terms": _TILE,
-    "kernels.attention": _TILE | {"kernels.terms"},
+    "kernels.table": {"kernels.tile"},
+    "kernels.terms": _TILE | {"kernels.table"},
+    "kernels.attention": _TILE | {"kernels.table", "kernels.terms"},
     "kernels.unfused": _TILE | {"kernels.terms"},
     "kernels.bias": _TILE | {"kernels.terms"},
 }

@@ -1,5 +1,6 @@
 """The kernels themselves: they compile for every GPU, plans spill no registers, each plan computes what it should."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,7 +56,7 @@ def test_every_kernel_compiles(target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_with_options(target):
     rows = compile_for(target, "--options")
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS | {"frame_kernel"}
     assert all(row["shared"] <= SHARED_LIMIT[target] * 1024 for row in rows)
 
 
@@ -73,13 +74,17 @@ def test_tiles_of_planes_are_whole_vectors():
         assert not planes or row.plan.tile[1] % (8 if product == "half" else 4) == 0, row
 
 
-@pytest.mark.parametrize("wants", [{"plain": False}, {"copies": False}, {"plain": False, "copies": False}], ids=str)
-def test_every_window_has_a_plan_that_has_what_it_wants(wants):
+@pytest.mark.parametrize(
+    "missing", [every for n in range(5) for every in itertools.combinations(sorted(plan.FACTS), n)], ids=str
+)
+def test_every_window_has_a_plan_that_has_what_it_wants(missing):
+    facts = plan.FACTS.difference(missing)
     for task, product, planes, row in plan.plans():
+        assert plan.FACTS.issuperset(row.wants.split())
         for width in (1, row.width):
-            chosen = plan.choose(task, product, row.depth, (5, width), planes, **wants)
+            chosen = plan.choose(task, product, row.depth, (5, width), planes, facts)
             table = plan._TABLE[task][product, planes]
-            assert any(each.plan == chosen and wants.get(each.wants, True) for each in table)
+            assert any(each.plan == chosen and facts.issuperset(each.wants.split()) for each in table)
 
 
 def distinct_shapes() -> list[plan.Plan]:

@@ -65,7 +65,8 @@ def local_attention(
     are taken in fp32 at least. On a GPU, fp32 products follow torch.set_float32_matmul_precision: exact by default.
 
     Memory: the output and one float per pixel and head; the backward takes the gradients and one float per pixel
-    and head more (triton; some sums of each entry more for the gradient of a bias), or a bounded strip (tiled).
+    and head more (triton; some sums of each entry more for the gradient of a bias), or a bounded strip (tiled). triton
+    takes one float more for an entry of a bias and for a pixel of a key mask, and for each of a frame around these.
     Differentiable any number of times, in reverse and forward mode;
     second derivatives and forward mode go through the unfused operators and take their weight map,
     [B, heads, H, W, kH*kW]. torch.func's transformations apply.

@@ -1,28 +1,24 @@
 """The triton backend: launches of the kernels on heads `[B, heads, H, W, D]` of any strides.
 
 The fused forward takes the output and one float per pixel and head, the backward the gradients and one float per
-pixel and head (delta); the gradient of a bias at most BIAS_PROGRAMS rows like its own, or one of each row where it
-has more. Maps are read where they lie.
+pixel and head (delta). A bias and a key mask are copied into frames (`table`), and the gradient of a bias takes sums of
+its own (`grad_bias`). Maps are read where they lie.
 """
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from ..maps import empty_heads
 from ..rules import Rules
 from . import attention as fused
 from . import gpu as gpus
-from . import plan, unfused
-from .bias import bias_gradient_kernel
+from . import grad_bias, plan, unfused
 from .geometry import Span
 from .gpu import padded
 from .launch import Launch, Problem, depths, strides, tile_grid, ways, wide
 
 LOG2E = 1.4426950408889634
 TINY = 2.0**-126  # the least normal fp32: the product of less, a zero, with minus infinity is NaN
-BIAS_TILE = 4, 16
-BIAS_PROGRAMS = 8192  # of the gradient of a bias, about: as many sums of it are kept, whatever the GPU
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -33,16 +29,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[
     problem = _problem(query, key, rules)
     launch = Launch("forward", (query,), (key, value), problem, query.shape[:4])
     q, k, v = launch.sources
+    terms, constants = launch.framed(problem)
     launch(
         fused.forward_kernel,
-        *(q.handle, k.handle, v.handle, out, lse, *problem.terms),
-        *(q.strides, k.strides, v.strides, *strides(out, lse[..., None], *problem.terms)),
+        *(q.handle, k.handle, v.handle, out, lse, *terms),
+        *(q.strides, k.strides, v.strides, *strides(out, lse[..., None], *terms)),
         *(*problem.sizes, query.shape[1]),
         max(abs(scale) * LOG2E, TINY) if scale else 1.0,
         addressed=(query, key, value, out),
         **depths(query, value),
         **ways(q=q, k=k, v=v),
-        BY_DISPLACEMENT=rules.by_displacement,
+        **constants,
         SIGN=(scale > 0) - (scale < 0),
     )
     return out, lse
@@ -63,15 +60,15 @@ def attention_backward(
     grad_query, grad_key, grad_value = (
         empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted[:3], strict=True)
     )
-    delta, grad_bias = _delta(grad_out, grad_lse, out), None
+    delta, of_bias = _delta(grad_out, grad_lse, out), None
     inputs = query, key, value, grad_out, lse, delta
     if grad_query is not None:
         _grad_query(*inputs, grad_query, rules)
     if grad_key is not None or grad_value is not None:
         _grad_key_value(*inputs, grad_key, grad_value, rules)
     if wanted[3]:
-        grad_bias = _grad_bias(inputs, None, rules, rules.bias.shape, key.shape[1:4]).to(rules.bias.dtype)
-    return grad_query, grad_key, grad_value, grad_bias
+        of_bias = grad_bias.of_attention(*inputs, rules).to(rules.bias.dtype)
+    return grad_query, grad_key, grad_value, of_bias
 
 
 def _problem(at_queries: Tensor, key: Tensor, rules: Rules, until_query: bool = True) -> Problem:
@@ -110,17 +107,18 @@ def _grad_query(query, key, value, grad_out, lse, delta, grad_query, rules) -> N
     problem = _problem(query, key, rules)
     launch = Launch("grad_query", (query, grad_out), (key, value), problem, query.shape[:4])
     q, g, k, v = launch.sources
+    terms, constants = launch.framed(problem)
     launch(
         fused.grad_query_kernel,
-        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_query, *problem.terms),
-        *(q.strides, k.strides, v.strides, g.strides, *strides(lse[..., None], grad_query, *problem.terms)),
+        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_query, *terms),
+        *(q.strides, k.strides, v.strides, g.strides, *strides(lse[..., None], grad_query, *terms)),
         *(*problem.sizes, query.shape[1]),
         rules.scale * LOG2E,
         rules.scale,
         addressed=(query, key, value, grad_out, grad_query),
         **depths(query, value),
         **ways(q=q, k=k, v=v, g=g),
-        BY_DISPLACEMENT=rules.by_displacement,
+        **constants,
     )
 
 
@@ -129,59 +127,20 @@ def _grad_key_value(query, key, value, grad_out, lse, delta, grad_key, grad_valu
     launch = Launch("grad_key_value", (key, value), (query, grad_out), problem, key.shape[:4], transposed=True)
     k, v, q, g = launch.sources
     grads = strides(lse[..., None], *(like if x is None else x for x, like in ((grad_key, key), (grad_value, value))))
+    terms, constants = launch.framed(problem)
     launch(
         fused.grad_key_value_kernel,
-        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_key, grad_value, *problem.terms),
-        *(q.strides, k.strides, v.strides, g.strides, *grads, *strides(*problem.terms)),
+        *(q.handle, k.handle, v.handle, g.handle, lse, delta, grad_key, grad_value, *terms),
+        *(q.strides, k.strides, v.strides, g.strides, *grads, *strides(*terms)),
         *(*problem.sizes, key.shape[1], *problem.images),
         rules.scale * LOG2E,
         rules.scale,
         addressed=(query, key, value, grad_out, grad_key, grad_value),
         **depths(query, value),
         **ways(q=q, k=k, v=v, g=g),
-        BY_DISPLACEMENT=rules.by_displacement,
+        **constants,
         HOIST=launch.plan.hoist,
     )
-
-
-def _grad_bias(
-    inputs: tuple[Tensor, ...] | None,
-    grad: Tensor | None,
-    rules: Rules,
-    shape: tuple[int, ...],
-    keys: tuple[int, ...],
-) -> Tensor:
-    """The gradient of a bias of a shape, from a gradient of logits or from what a backward has of a fused forward.
-
-    inputs: query, key, value, grad_out, lse and delta; keys: (kv_heads, Hk, Wk).
-    """
-    query, key, value, grad_out, lse, delta = inputs or (None,) * 6
-    at_queries = grad if inputs is None else query
-    batch, heads, *queries = at_queries.shape[:4]
-    by_displacement = len(shape) == 3
-    problem = Problem(rules, heads, keys[0], tuple(queries), tuple(keys[1:]))
-    n_y, n_x = shape[1:] if by_displacement else rules.window.kernel
-    tiles = batch * cdiv(queries[0], BIAS_TILE[0]) * cdiv(queries[1], BIAS_TILE[1])
-    chunks = max(1, min(tiles, BIAS_PROGRAMS // (heads * n_y)))
-    sums = at_queries.new_empty((chunks, heads, n_y, n_x), dtype=torch.float32)
-    floats = None if lse is None else lse[..., None]
-    depth = {"DK": 1, "DV": 1, "DKP": 1, "DVP": 1} if inputs is None else depths(query, value)
-    with torch.cuda.device_of(at_queries):
-        bias_gradient_kernel[chunks, heads, n_y](
-            *(query, key, value, grad_out, lse, delta, grad, *problem.terms, sums),
-            *strides(query, key, value, grad_out, floats, grad, *problem.terms),
-            *(batch, *problem.sizes, heads),
-            rules.scale * LOG2E,
-            **(problem.constants | problem.map_spans),
-            **depth,
-            BY_DISPLACEMENT=by_displacement,
-            TH=BIAS_TILE[0],
-            TW=BIAS_TILE[1],
-            WIDTH=next_power_of_2(n_x),
-            WIDE=wide((query, key, value, grad_out, grad)),
-        )
-    total = sums.sum(0)
-    return total if by_displacement else total.flatten(1)
 
 
 def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tensor:
@@ -243,4 +202,4 @@ def _weighted_sum(launch: Launch, kernel, weight, x, out, sizes, scale: float, n
 
 def bias_gradient(grad: Tensor, rules: Rules, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """Sums of a gradient of logits over images and pixels, in the shape of a bias; keys lie in a map of `size`."""
-    return _grad_bias(None, grad, rules, shape, (grad.shape[1], *size)).to(grad.dtype)
+    return grad_bias.of_logits(grad, rules, shape, size).to(grad.dtype)

@@ -21,7 +21,8 @@ from .geometry import (
     visible,
     window_span,
 )
-from .terms import finite, first_entry, load_bias, takes_part
+from .table import load_entries
+from .terms import finite, first_entry, load_bias, load_ceiling, table_start, takes_part
 from .tile import (
     ABSENT,
     LN2,
@@ -58,10 +59,11 @@ def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q_src, k_src, v_src, o_ptr, lse_ptr, bias_ptr, mask_ptr,
-    q_s, k_s, v_s, o_s, lse_s, bias_s, mask_s,
+    q_src, k_src, v_src, o_ptr, lse_ptr, bias_ptr, most_ptr,
+    q_s, k_s, v_s, o_s, lse_s, bias_s, most_s,
     H, W, HK, WK, heads, scale_log2,
-    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
+    BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
@@ -78,8 +80,8 @@ def forward_kernel(
     v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
     o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)
     lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
-    if mask_ptr is not None:
-        mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
+    if most_ptr is not None:
+        most_ptr, most_s = sublattice(most_ptr, most_s, i_y, i_x, Y, X)
     H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
@@ -88,8 +90,13 @@ def forward_kernel(
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
     o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
-    if bias_ptr is not None:  # windows of queries outside of the map have no entries
-        rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
+    if bias_ptr is not None:
+        if ROW > 0:
+            p_tile = table_start(bias_ptr, bias_s, i_h, y0, x0, HK, WK, H, W, BY_DISPLACEMENT, ROW, Y, X)
+        else:  # windows of queries outside of the map have no entries
+            rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
+    # Minus infinity tells of every key that is not seen.
+    BARE: tl.constexpr = bias_ptr is not None and (ROW == 0 or not (BY_DISPLACEMENT or Y.absent or X.absent))
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     if SIGN != 1:
         b_q = b_q * SIGN
@@ -98,38 +105,41 @@ def forward_kernel(
     b_l = tl.zeros([TH * TW, LANES], tl.float32)
     halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
     halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
-    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER or mask_ptr is not None or bias_ptr is not None)
+    PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER or most_ptr is not None or bias_ptr is not None)
     for i_col in tl.range(n_cols):
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
         m_cols = visible(o_kx[None, :], o_start_x[:, None], o_left[:, None], cols[:, None], X)
-        b_cols = tl.where(m_cols, 0.0, ABSENT)  # [M, N]
+        b_cols = tl.zeros(m_cols.shape, tl.float32) if BARE else tl.where(m_cols, 0.0, ABSENT)  # [M, N]
         for PART in tl.static_range(PARTS):
             first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
             for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
                 o_row = o_ky + i_row * ROWS
                 # What small loads bring is asked for first, for nothing else hides their latency.
-                if mask_ptr is not None:
-                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
-                    b_most = tl.where(m_k, float("inf"), ABSENT)[None, :]
+                if most_ptr is not None:
+                    o_most = i_b, i_kv, k_y0, k_x0
+                    b_most = load_ceiling(most_ptr, most_s, *o_most, HK, WK, ROWS, COLS, WIDE, Y, X)[None, :]
                 else:
                     b_most = float("inf")
                 if bias_ptr is not None:
-                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
+                    if ROW > 0:
+                        p_block = p_tile + (k_y0 * ROW + k_x0)
+                        b_bias = load_entries(p_block, TH * TW, ROWS * COLS, TW, COLS, 1, ROW, WARPS)
+                    else:
+                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                        o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                        b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
+                b_s = scores(b_cols, b_q, b_k, PRODUCT)
                 if bias_ptr is not None:
-                    b_s = product(b_q, b_k, PRODUCT) * (scale_log2 * LN2) + b_bias
-                    if mask_ptr is not None:
-                        b_s = tl.minimum(b_s, b_most)
-                else:
-                    b_s = scores(b_cols, b_q, b_k, PRODUCT)
-                    if PART != 1:  # a minimum is cheaper than a selection
-                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                        b_s = tl.minimum(b_s, tl.where(m_rows, b_most, ABSENT))
+                    b_s = b_s * (scale_log2 * LN2) + b_bias
+                if not BARE and PART != 1:  # a minimum is cheaper than a selection
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                    b_s = tl.minimum(b_s, tl.where(m_rows, b_most, ABSENT))
+                elif most_ptr is not None:
+                    b_s = tl.minimum(b_s, b_most)
                 if RASTER:
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, ABSENT, b_s)
@@ -137,7 +147,7 @@ def forward_kernel(
                 b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
     b_sum = tl.sum(b_l, 1)
     b_lse = (b_m + tl.log2(b_sum)) * LN2
-    if mask_ptr is not None:  # no key at all
+    if most_ptr is not None:  # no key at all
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
     store_floats(lse_ptr, b_lse, lse_s, i_b, i_h, o_y, o_x, H, W, WIDE)
@@ -165,10 +175,11 @@ def delta_kernel(
 
 @triton.jit
 def grad_query_kernel(
-    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_q_ptr, bias_ptr, mask_ptr,
-    q_s, k_s, v_s, g_s, lse_s, grad_q_s, bias_s, mask_s,
+    q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_q_ptr, bias_ptr, most_ptr,
+    q_s, k_s, v_s, g_s, lse_s, grad_q_s, bias_s, most_s,
     H, W, HK, WK, heads, scale_log2, scale,
-    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
+    BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
@@ -184,8 +195,8 @@ def grad_query_kernel(
     delta_ptr, _ = sublattice(delta_ptr, lse_s, i_y, i_x, Y, X)
     lse_ptr, lse_s = sublattice(lse_ptr, lse_s, i_y, i_x, Y, X)
     grad_q_ptr, grad_q_s = sublattice(grad_q_ptr, grad_q_s, i_y, i_x, Y, X)
-    if mask_ptr is not None:
-        mask_ptr, mask_s = sublattice(mask_ptr, mask_s, i_y, i_x, Y, X)
+    if most_ptr is not None:
+        most_ptr, most_s = sublattice(most_ptr, most_s, i_y, i_x, Y, X)
     H, W, HK, WK = lattice_sizes(H, W, HK, WK, i_y, i_x, Y, X)
     i_kv = i_h // GROUP
 
@@ -194,14 +205,19 @@ def grad_query_kernel(
     o_start_x, o_left, cols = window_span(o_x, WK, W, True, X)
     o_cy, o_cx = centre(o_y, HK, H, Y), centre(o_x, WK, W, X)
     o_by, o_bx = first_entry(o_y, HK, H, BY_DISPLACEMENT, Y), first_entry(o_x, WK, W, BY_DISPLACEMENT, X)
-    if bias_ptr is not None:  # windows of queries outside of the map have no entries
-        rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
+    if bias_ptr is not None:
+        if ROW > 0:
+            p_tile = table_start(bias_ptr, bias_s, i_h, y0, x0, HK, WK, H, W, BY_DISPLACEMENT, ROW, Y, X)
+        else:  # windows of queries outside of the map have no entries
+            rows = tl.where(inside(o_y, o_x, H, W), rows, 0)
+    # Minus infinity tells of every key that is not seen.
+    BARE: tl.constexpr = bias_ptr is not None and (ROW == 0 or not (BY_DISPLACEMENT or Y.absent or X.absent))
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
     b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
     if bias_ptr is None:
         b_lse = b_lse * LOG2E
-    if mask_ptr is not None:
+    if most_ptr is not None:
         b_lse = finite(b_lse)
     b_delta = load_floats(delta_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
     b_grad_q = tl.zeros([TH * TW, DKP], tl.float32)
@@ -212,32 +228,37 @@ def grad_query_kernel(
         k_x0 = halo_x + i_col * COLS
         o_ky, o_kx = pixels(halo_y, k_x0, ROWS, COLS)
         m_cols = visible(o_kx[None, :], o_start_x[:, None], o_left[:, None], cols[:, None], X)  # [M, N]
-        b_cols = tl.where(m_cols, -b_lse[:, None], NEVER)
+        b_cols = -b_lse[:, None] if BARE else tl.where(m_cols, -b_lse[:, None], NEVER)
         for PART in tl.static_range(PARTS):
             first, end = part_bounds(PART, PARTS, n_rows, TH, ROWS, Y)
             for i_row in tl.range(first, end):
                 k_y0 = halo_y + i_row * ROWS
                 o_row = o_ky + i_row * ROWS
-                if mask_ptr is not None:
-                    m_k = takes_part(mask_ptr, mask_s, i_b, i_kv, o_row, o_kx, HK, WK, WIDE, Y, X)
+                if most_ptr is not None:
+                    o_most = i_b, i_kv, k_y0, k_x0
+                    b_most = load_ceiling(most_ptr, most_s, *o_most, HK, WK, ROWS, COLS, WIDE, Y, X)[None, :]
                 if bias_ptr is not None:
-                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                    o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
-                    b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
+                    if ROW > 0:
+                        p_block = p_tile + (k_y0 * ROW + k_x0)
+                        b_bias = load_entries(p_block, TH * TW, ROWS * COLS, TW, COLS, 1, ROW, WARPS)
+                    else:
+                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                        o_pairs = o_row[None, :], o_kx[None, :], o_by[:, None], o_bx[:, None]
+                        b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
-                if bias_ptr is not None:
-                    b_s = (product(b_q, b_k, PRODUCT) * scale + (b_bias - b_lse[:, None])) * LOG2E
+                if bias_ptr is not None:  # natural, and close to each other: their difference is rounded least
+                    b_s = (product(b_q, b_k, PRODUCT) * scale + (b_bias + b_cols)) * LOG2E
                 else:
                     b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
-                    if PART != 1:
-                        m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
-                        b_s = tl.where(m_rows, b_s, NEVER)
+                if not BARE and PART != 1:
+                    m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
+                    b_s = tl.where(m_rows, b_s, NEVER)
                 if RASTER:
                     m_s = after(o_row[None, :], o_kx[None, :], o_cy[:, None], o_cx[:, None])
                     b_s = tl.where(m_s, NEVER, b_s)
-                if mask_ptr is not None:
-                    b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[None, :])
+                if most_ptr is not None:
+                    b_s = tl.minimum(b_s, b_most)
                 b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
                 b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
@@ -248,7 +269,8 @@ def grad_key_value_kernel(
     q_src, k_src, v_src, g_src, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, bias_ptr, mask_ptr,
     q_s, k_s, v_s, g_s, lse_s, grad_k_s, grad_v_s, bias_s, mask_s,
     H, W, HK, WK, heads, images_y, before_y, images_x, before_x, scale_log2, scale,
-    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
+    BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
@@ -281,6 +303,7 @@ def grad_key_value_kernel(
     b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
     if mask_ptr is not None:
         m_k = takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)
+    BARE: tl.constexpr = bias_ptr is not None and not RASTER and (ROW == 0 or not BY_DISPLACEMENT)
     b_grad_k = tl.zeros([TH * TW, DKP], tl.float32)
     b_grad_v = tl.zeros([TH * TW, DVP], tl.float32)
     for i_image_y in tl.range(images_y if Y.folds else 1):
@@ -314,21 +337,30 @@ def grad_key_value_kernel(
                         if mask_ptr is not None:
                             b_lse = finite(b_lse)
                         o_start, o_top, rows = window_span(o_qy, HK, H, False, Y)
-                        if bias_ptr is not None:
+                        if bias_ptr is not None and ROW == 0:
                             rows = tl.where(inside(o_qy, o_qx, H, W), rows, 0)
                         m_s = visible(o_py[:, None], o_start[None, :], o_top[None, :], rows[None, :], Y)  # [M, N]
                         if RASTER:
                             o_cy, o_cx = centre(o_qy, HK, H, Y), centre(o_qx, WK, W, X)
                             m_s = m_s & ~after(o_py[:, None], o_px[:, None], o_cy[None, :], o_cx[None, :])
-                        if bias_ptr is not None:  # natural, and close to each other: their difference is rounded least
-                            o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
-                            o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
-                            o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
-                            b_bias = load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_s & (b_cols == 0.0), Y, X)
+                        if bias_ptr is not None:
+                            if ROW > 0:
+                                o_first = q_y0, q_x0, HK, WK, H, W
+                                p_block = table_start(bias_ptr, bias_s, i_q, *o_first, BY_DISPLACEMENT, ROW, Y, X)
+                                p_block += y0 * ROW + x0
+                                b_bias = load_entries(p_block, TH * TW, ROWS * COLS, TW, COLS, -1, ROW, WARPS)
+                            else:
+                                o_by = first_entry(o_qy, HK, H, BY_DISPLACEMENT, Y)
+                                o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
+                                o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
+                                b_bias = load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_s & (b_cols == 0.0), Y, X)
                             b_s = (product(b_k, b_q, PRODUCT) * scale + (b_bias - b_lse[None, :])) * LOG2E
+                            if not BARE:
+                                b_s += b_cols
                         else:
                             b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
-                        b_s = tl.where(m_s, b_s, NEVER)
+                        if not BARE:
+                            b_s = tl.where(m_s, b_s, NEVER)
                         if mask_ptr is not None:
                             b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[:, None])
                         b_p = tl.exp2(b_s)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from . import gpu as gpus
 from . import plan
 from .geometry import Span, images, spans
 from .source import Source, column_step, layout, source
+from .table import ceiling, table
 
 _MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
 
@@ -54,6 +56,23 @@ class Problem:
         """Whether one window slides over the map, and nothing but it and its border decides on logits."""
         simple = all(span.slides and span.dilation == 1 and not span.folds for span in self.spans)
         return simple and not self.rules.window.raster and self.rules.bias is self.rules.key_mask is None
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """Those of `plan.FACTS` that hold, as far as windows decide."""
+        unfolded = not any(span.folds for span in self.spans)
+        slides = unfolded and all(span.slides for span in self.spans)
+        held = {"plain": self.plain, "slides": slides, "unfolded": unfolded}
+        return frozenset(fact for fact, holds in held.items() if holds)
+
+    def slides(self, transposed: bool) -> bool:
+        """Whether the entry of a bias is the distance of key and query plus a constant. transposed: keys are kept."""
+
+        def follows(span: Span) -> bool:
+            fixed = span.scaled or (span.shifts and not self.rules.by_displacement)
+            return span.dilation == 1 and not fixed and not (transposed and span.folds)
+
+        return self.rules.bias is not None and all(map(follows, self.spans))
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -104,15 +123,16 @@ class Launch:
         layouts = [layout(each) for each in maps]
         product = gpu.product(maps[0].dtype, problem.rules.precision)
         depth = max(each.shape[4] for each in maps)
-        planes = "planes" in layouts[len(kept) :]
         kernel = problem.rules.window.kernel
         scattered = y.lattice * x.lattice > 1
         folded = not transposed and (y.folds or x.folds)
-        chosen = task, product, depth, kernel, planes, problem.plain, not (scattered or folded)
+        side_by_side = x.lattice == 1 and not folded
+        planes = "planes" in layouts[len(kept) :]
+        facts = problem.facts if scattered or folded else problem.facts | {"copies"}
+        chosen = task, product, depth, kernel, planes, facts
         self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
 
         by_pointer = self.plan.stream_by_pointer or scattered or folded
-        side_by_side = x.lattice == 1 and not folded
         ways = [_way(gpu, each, by_pointer, side_by_side) for each in layouts[len(kept) :]]
         tile_w, reach = self.plan.tile[1], x.reach
         step, vector = (
@@ -130,6 +150,7 @@ class Launch:
         block = self.plan.block_shape(reach + self.pad, step)
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
+        self.transposed = transposed
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
             "TW": tile_w,
@@ -141,21 +162,49 @@ class Launch:
             "PRODUCT": product,
         }
 
+    def framed(self, problem: Problem) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, object]]:
+        """Bias and key mask as the fused kernels read them, and the constants that say how they lie.
+
+        Tables have frames as wide as tiles and blocks reach past what windows see.
+        """
+        (bias, mask), row = problem.terms, 0
+        names = self.constants
+        excess = (
+            names["TH"] + names["ROWS"],
+            names["TW"] + names["COLS"] + names["SHIFT"] + names["PAD"] + names["ALIGN"],
+        )
+        if problem.slides(self.transposed):
+            bias = table(bias, excess)
+            row = bias.stride(1)
+        if mask is not None and not self.transposed:
+            reach = (span.reach + more for span, more in zip(self.spans, excess, strict=True))
+            mask = ceiling(mask, tuple(map(mul, reach, (span.lattice for span in self.spans))))
+        by_displacement = problem.rules.by_displacement
+        return (bias, mask), {"BY_DISPLACEMENT": by_displacement, "ROW": row, "WARPS": self.plan.warps}
+
     def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu, by_pointer: bool, side_by_side: bool) -> str:
         way = _way(gpu, layout(x), by_pointer, side_by_side)
         step = column_step(x, way, 1)
         return way if self.plan.tile[1] % step == 0 and self.shift % step == 0 else "pointer"
 
-    def __call__(self, kernel, *args: object, addressed: tuple[Tensor | None, ...], **constants: object) -> None:
-        """Launches. `addressed`: the tensors whose pixels the kernel may reach by pointer."""
-        grid = tile_grid(self.tiles, self.plan.tile, self.shift, self.spans)
+    def __call__(
+        self,
+        kernel,
+        *args: object,
+        addressed: tuple[Tensor | None, ...],
+        grid: tuple[int, ...] | None = None,
+        **constants: object,
+    ) -> None:
+        """Launches. addressed: tensors whose pixels the kernel may reach by pointer. grid: None is that of tiles."""
+        if grid is None:
+            grid = tile_grid(self.tiles, self.plan.tile, self.shift, self.spans)
+            constants["FLAT"] = len(grid) == 1
         with torch.cuda.device_of(self.first):
             kernel[grid](
                 *args,
                 **self.constants,
                 **constants,
                 WIDE=wide(addressed),
-                FLAT=len(grid) == 1,
                 num_warps=self.plan.warps,
                 num_stages=self.plan.stages,
             )

@@ -49,8 +49,13 @@ class Row(NamedTuple):
     depth: int  # most channels per head
     width: int  # widest window
     plan: Plan
-    wants: str = ""  # "plain" windows, for it leaves no registers for other terms; "copies" through descriptors
+    wants: str = ""  # what of FACTS must hold, words
 
+
+# What launches may have that plans depend on: logits of one window that slides over the map and of nothing else, for
+# some plans leave no registers for other terms; copies through descriptors, where maps are not read pixel by pixel;
+# windows that slide, and do not fold; windows that do not fold.
+FACTS = frozenset({"plain", "copies", "slides", "unfolded"})
 
 ANY = 1 << 30
 
@@ -63,7 +68,8 @@ ANY = 1 << 30
 _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "forward": {
         ("half", False): (
-            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, 2048-32-k7
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True), "plain"),  # 512-4x16-k7, 2048-32-k7
+            Row(32, 13, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7, bias 0.122, key_mask 0.136
             Row(32, ANY, Plan((4, 8), 64, 1, 3)),  # 512-4x16-k21 0.397
             Row(64, 9, Plan((4, 8), 32, 1, 3), "copies"),  # 8x128-8x64-k7 0.216, 64-2x64-k7 0.0128
             Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2, 0.248
@@ -75,10 +81,13 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((8, 8), 32, 1, 3)),  # 512-4x16-k7
-            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.454
+            Row(16, 13, Plan((8, 8), 32, 1, 3), "plain"),  # 512-4x16-k7
+            # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation 2 0.190, border reflect 0.167
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.952
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.386, 8x128-8x64-k13 0.540
+            Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.386
+            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2 0.589, border reflect 0.579
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.540
             Row(64, ANY, Plan((8, 8), 32, 4, 4, keep_by_pointer=True, stream_by_pointer=True)),  # 512-64-k21 0.254
             Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 0.964
             Row(128, ANY, Plan((8, 16), 64, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81 18.7
@@ -101,14 +110,16 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.149
-            Row(64, ANY, Plan((4, 4), 16, 1)),  # 512-64-k5-3x 0.281, 512-64-k11-3x 0.560, 128-64-k21-3x 0.122
+            # 512-64-k5-3x 0.281, 512-64-k11-3x 0.560, 128-64-k21-3x 0.122
+            Row(64, ANY, Plan((4, 4), 16, 1), "copies"),
+            Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 256-64-k7-3x, dilation 2 0.175, border reflect 0.148
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
     "grad_query": {
         ("half", False): (
-            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True), "plain"),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
+            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376; 512-4x16-k7, bias by displacement 0.134
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.235
             Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.371
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.168
@@ -117,10 +128,14 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.159
-            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479
+            Row(16, 13, Plan((2, 16), 32, 1, 3), "copies"),  # 512-4x16-k7 0.159, bias 0.175
+            # 512-4x16-k21 0.479; 512-4x16-k7, dilation 2 0.199, border reflect 0.190
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.435, 8x128-8x64-k13
+            Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.435
+            # 8x128-8x64-k7, dilation 2 0.634, border reflect 0.615
+            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
             Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 1.16
             Row(128, ANY, Plan((8, 16), 32, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81
@@ -137,8 +152,9 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.169
-            Row(64, 16, Plan((4, 4), 32, 2, keep_by_pointer=True)),  # 512-64-k5-3x 0.184, 512-64-k11-3x 0.498
-            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),  # 128-64-k21-3x 0.094
+            Row(64, 16, Plan((4, 4), 32, 2, keep_by_pointer=True), "plain"),  # 512-64-k5-3x 0.184, 512-64-k11-3x 0.498
+            # 128-64-k21-3x 0.094; 256-64-k7-3x, bias 0.103, key_mask 0.116, dilation (1, 3) 0.127
+            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
@@ -149,12 +165,17 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     },
     "grad_key_value": {
         ("half", False): (
-            Row(16, 13, Plan((4, 8), 32, 1, keep_by_pointer=True, stream_by_pointer=True)),  # 512-4x16-k7 0.147
-            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 2048-32-k7 0.876
+            Row(16, 13, Plan((4, 8), 32, 1, 2, True, True), "plain"),  # 512-4x16-k7 0.147
+            # 2048-32-k7 0.876; 512-4x16-k7, bias by displacement 0.196, dilation 2 0.156, border shift 0.153
+            Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.511
-            Row(64, 9, Plan((4, 8), 16, 1, 3, True, True), "plain"),  # 8x128-8x64-k7 0.419
-            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, border shift, 0.514
-            Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.678
+            # 8x128-8x64-k7 0.419, border shift 0.419, bias by displacement 0.493, border reflect 0.536
+            Row(64, 9, Plan((4, 8), 16, 1, 3, True, True)),
+            Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True), "copies slides"),  # 8x128-8x64-k13 0.678
+            # 512-64-k13, border shift 0.210, bias by displacement 0.225
+            Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies unfolded"),
+            # 512-64-k13, dilation (1, 3) 0.223, border reflect 0.277
+            Row(64, 13, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False)),
             Row(64, 80, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), "plain"),  # 512-64-k21 0.320
             Row(64, ANY, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),
             Row(128, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x128-k13 1.27
@@ -163,11 +184,18 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((2, 16), 32, 1, 3)),  # 512-4x16-k7 0.225
+            Row(16, 13, Plan((2, 16), 32, 1, 3), "plain"),  # 512-4x16-k7 0.225
+            # 512-4x16-k7, bias by displacement 0.280, key_mask 0.252, border reflect 0.369
+            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
             Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.680, 8x128-8x64-k13
+            # 8x128-8x64-k7 0.680, bias 0.772, 8x128-8x64-k13
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies slides"),
+            # 8x128-8x64-k7, border shift 0.868, bias by displacement 0.951
+            Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies"),
+            Row(64, 9, Plan((8, 8), 16, 4, 3)),  # 8x128-8x64-k7, dilation 2, 1.07
+            Row(64, 13, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 512-64-k13, dilation 2, 0.523
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
             Row(128, 40, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x128-k13 1.94
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
@@ -185,9 +213,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 32, 1, keep_by_pointer=True, hoist=False)),  # 512-16-k11-3x 0.224
-            # 512-64-k5-3x 0.262, 512-64-k11-3x 0.756, 128-64-k21-3x 0.126
-            Row(64, ANY, Plan((4, 4), 32, 2, keep_by_pointer=True, hoist=False), "plain"),
-            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True)),
+            # 512-64-k5-3x 0.262, 512-64-k11-3x 0.756, 128-64-k21-3x 0.126; 256-64-k7-3x, border shift 0.151
+            Row(64, ANY, Plan((4, 4), 32, 2, keep_by_pointer=True, hoist=False)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
@@ -224,14 +251,12 @@ def choose(
     depth: int,
     kernel: tuple[int, int],
     planes: bool,
-    plain: bool = True,
-    copies: bool = True,
+    facts: frozenset[str] = FACTS,
 ) -> Plan:
     """The plan of a task: "forward", "delta", "grad_query", "grad_key_value" or "unfused".
 
     product: one of `gpu.PRODUCTS`. depth: most channels per head of its maps. planes: whether the streamed maps have
-    their columns side by side, so that blocks must begin on whole vectors. plain: whether one window slides over the
-    map, and nothing but it decides on logits. copies: whether the streamed maps may be copied through descriptors.
+    their columns side by side, so that blocks must begin on whole vectors. facts: those of FACTS that hold.
     """
     if task == "delta":
         rows = _DELTA
@@ -240,4 +265,4 @@ def choose(
     else:
         rows = _TABLE[task]["exact" if product == "three-pass" else product, planes]
     fitting = (row for row in rows if depth <= row.depth and kernel[1] <= row.width)
-    return next(row.plan for row in fitting if {"plain": plain, "copies": copies, "": True}[row.wants])
+    return next(row.plan for row in fitting if facts.issuperset(row.wants.split()))

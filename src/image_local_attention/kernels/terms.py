@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .geometry import centre, fold, window_start
-from .tile import load_floats
+from .table import load_here
+from .tile import head_start, load_floats, pixel_offsets, pixels
 
 
 @triton.constexpr_function
@@ -35,9 +36,33 @@ def load_bias(ptr, strides, i_h, o_ky, o_kx, o_y, o_x, m_s, Y: tl.constexpr, X: 
 
 
 @triton.jit
+def table_start(ptr, strides, i_h, y0, x0, HK, WK, H, W, BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr,
+                Y: tl.constexpr, X: tl.constexpr):  # fmt: skip
+    """The entry, of a table with rows of ROW, of query (y0, x0) and of the key at the map's first pixel."""
+    o_by, o_bx = first_entry(y0, HK, H, BY_DISPLACEMENT, Y), first_entry(x0, WK, W, BY_DISPLACEMENT, X)
+    return ptr + i_h * strides[0] - (o_by * ROW + o_bx)
+
+
+@triton.jit
 def takes_part(ptr, strides, i_b, i_h, o_ky, o_kx, H, W, WIDE: tl.constexpr, Y: tl.constexpr, X: tl.constexpr):
     """Whether a mask lets keys in: those outside of the map are none of its business."""
     return load_floats(ptr, strides, i_b, i_h, fold(o_ky, H, Y), fold(o_kx, W, X), H, W, 1, WIDE) != 0
+
+
+@triton.jit
+def load_ceiling(
+    ptr, strides, i_b, i_h, y0, x0, H, W, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    Y: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """[ROWS*COLS]: the most that logits of a block's keys may be, of a map with margins as wide as a tile's halo."""
+    p_head = head_start(ptr, i_b, i_h, strides)
+    if Y.folds or X.folds:
+        o_y, o_x = pixels(y0, x0, ROWS, COLS)
+        p_x = p_head + pixel_offsets(fold(o_y, H, Y), fold(o_x, W, X), strides, WIDE)
+    else:  # a pointer for each row, and columns at known distances from it
+        o_y, o_x = pixels(0, 0, ROWS, COLS)
+        p_x = p_head + pixel_offsets(y0, x0, strides, WIDE) + o_y * strides[2] + o_x * strides[3]
+    return load_here(p_x)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-memcheck gpu-bench gpu-options clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-options clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -29,7 +29,11 @@ denoise-bench: $(READY)  ## the photograph, against scikit-image
 
 # On a machine with a GPU, with the Python that has its torch: make gpu-test PYTHON=python3
 gpu-test:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -m "gpu and not families"
+
+# Ten thousand random problems; with pytest-xdist, -n 14 or so. ILA_FAMILIES_SEED draws others, ILA_FAMILIES more.
+gpu-hunt:
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m families $(PYTEST_OPTIONS)
 
 # Reads and writes past an allocation, of every kernel with every option; without torch's cache of allocations.
 gpu-memcheck:

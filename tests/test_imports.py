@@ -46,7 +46,7 @@ KERNEL_LAW = {
     "kernels.terms": _TILE | {"kernels.table"},
     "kernels.attention": _TILE | {"kernels.table", "kernels.terms"},
     "kernels.unfused": _TILE | {"kernels.terms"},
-    "kernels.bias": _TILE | {"kernels.terms"},
+    "kernels.bias": _TILE | {"kernels.table", "kernels.terms"},
 }
 # Benchmarks and examples use public names; the search for plans drives the kernels themselves.
 USER_LAW = {"plans.py": {"kernels", "kernels.gpu", "kernels.plan", "maps", "rules", "window"}}

@@ -64,12 +64,11 @@ def local_attention(
     Returns [B, heads*Dv, H, W] in the dtype and memory format of query (channels_last stays so, else contiguous). Sums
     are taken in fp32 at least. On a GPU, fp32 products follow torch.set_float32_matmul_precision: exact by default.
 
-    Memory: the output and one float per pixel and head; the backward takes the gradients and one float per pixel
-    and head more (triton; some sums of each entry more for the gradient of a bias), or a bounded strip (tiled). triton
-    takes one float more for an entry of a bias and for a pixel of a key mask, and for each of a frame around these.
-    Differentiable any number of times, in reverse and forward mode;
-    second derivatives and forward mode go through the unfused operators and take their weight map,
-    [B, heads, H, W, kH*kW]. torch.func's transformations apply.
+    Memory: the output and one float per pixel and head; the backward takes the gradients and one float per pixel and
+    head more (triton), or a bounded strip (tiled). triton takes one float more for an entry of a bias and for a pixel
+    of a key mask, and for each of a frame around these; for the gradient of a bias, 32 MiB, or a sum for each key that
+    a tile sees. Differentiable any number of times, in reverse and forward mode; second derivatives and forward mode
+    go through the unfused operators and take their weight map, [B, heads, H, W, kH*kW]. torch.func applies.
 
     Raises TypeError for an argument of the wrong type, dtype or device; ValueError for one of the wrong shape or
     value, a combination that has no meaning, or a demanded backend that cannot run; NotImplementedError for

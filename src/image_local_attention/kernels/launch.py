@@ -60,9 +60,9 @@ class Problem:
     @property
     def facts(self) -> frozenset[str]:
         """Those of `plan.FACTS` that hold, as far as windows decide."""
-        unfolded = not any(span.folds for span in self.spans)
-        slides = unfolded and all(span.slides for span in self.spans)
-        held = {"plain": self.plain, "slides": slides, "unfolded": unfolded}
+        folds = any(span.folds for span in self.spans)
+        slides = not folds and all(span.slides for span in self.spans)
+        held = {"plain": self.plain, "slides": slides, "folds": folds}
         return frozenset(fact for fact, holds in held.items() if holds)
 
     def slides(self, transposed: bool) -> bool:

@@ -54,8 +54,9 @@ class Row(NamedTuple):
 
 # What launches may have that plans depend on: logits of one window that slides over the map and of nothing else, for
 # some plans leave no registers for other terms; copies through descriptors, where maps are not read pixel by pixel;
-# windows that slide, and do not fold; windows that do not fold.
-FACTS = frozenset({"plain", "copies", "slides", "unfolded"})
+# windows that slide, and do not fold; windows that fold.
+FACTS = frozenset({"plain", "copies", "slides", "folds"})
+PLAIN = FACTS - {"folds"}
 
 ANY = 1 << 30
 
@@ -81,8 +82,9 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((8, 8), 32, 1, 3), "plain"),  # 512-4x16-k7
-            # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation 2 0.190, border reflect 0.167
+            Row(16, 13, Plan((8, 8), 32, 1, 3), "plain copies"),  # 512-4x16-k7
+            Row(16, 13, Plan((8, 8), 32, 4, 3), "folds"),  # 512-4x16-k7, border reflect 0.192
+            # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation 2 0.190
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.952
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.386
@@ -129,8 +131,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3), "copies"),  # 512-4x16-k7 0.159, bias 0.175
-            # 512-4x16-k21 0.479; 512-4x16-k7, dilation 2 0.199, border reflect 0.190
-            Row(16, ANY, Plan((4, 8), 32, 1, 3)),
+            Row(16, 13, Plan((8, 8), 32, 4, 3, keep_by_pointer=True), "folds"),  # 512-4x16-k7, border reflect 0.201
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479; 512-4x16-k7, dilation 2 0.199
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.435
             # 8x128-8x64-k7, dilation 2 0.634, border reflect 0.615
@@ -172,9 +174,11 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             # 8x128-8x64-k7 0.419, border shift 0.419, bias by displacement 0.493, border reflect 0.536
             Row(64, 9, Plan((4, 8), 16, 1, 3, True, True)),
             Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True), "copies slides"),  # 8x128-8x64-k13 0.678
+            # 512-64-k13, border reflect 0.277
+            Row(64, 13, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), "folds"),
             # 512-64-k13, border shift 0.210, bias by displacement 0.225
-            Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies unfolded"),
-            # 512-64-k13, dilation (1, 3) 0.223, border reflect 0.277
+            Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies"),
+            # 512-64-k13, dilation (1, 3) 0.223
             Row(64, 13, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False)),
             Row(64, 80, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), "plain"),  # 512-64-k21 0.320
             Row(64, ANY, Plan((16, 4), 32, 4, 3, keep_by_pointer=True)),
@@ -251,7 +255,7 @@ def choose(
     depth: int,
     kernel: tuple[int, int],
     planes: bool,
-    facts: frozenset[str] = FACTS,
+    facts: frozenset[str] = PLAIN,
 ) -> Plan:
     """The plan of a task: "forward", "delta", "grad_query", "grad_key_value" or "unfused".
 

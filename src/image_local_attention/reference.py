@@ -159,9 +159,16 @@ def _aggregate_transpose(
     for slot in _slots(window, size, vector.shape[2:4], vector.device):
         sent = weight[..., slot.index].masked_fill(~slot.there, 0.0)[..., None] * vector
         sent = sent.unflatten(1, (kv_heads, -1)).sum(2)
-        columns = out.new_zeros(*sent.shape[:3], *out.shape[3:]).index_add(3, slot.columns, sent)
-        out = out.index_add(2, slot.rows, columns)
+        columns = _index_add(out.new_zeros(*sent.shape[:3], *out.shape[3:]), 3, slot.columns, sent)
+        out = _index_add(out, 2, slot.rows, columns)
     return out * scale
+
+
+def _index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """x.index_add(dim, index, source), in the same order every time: on a GPU that one adds in any."""
+    if not x.is_cuda:
+        return x.index_add(dim, index, source)
+    return torch.ops.aten.index_put(x, [*[None] * dim, index], source, True)
 
 
 def _bias_gradient(grad: Tensor, rules: Rules, shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
@@ -169,8 +176,8 @@ def _bias_gradient(grad: Tensor, rules: Rules, shape: tuple[int, ...], size: tup
     for slot in _slots(rules.window, size, grad.shape[2:4], grad.device):
         part = grad[..., slot.index].masked_fill(slot.absent(rules.key_mask), 0.0).sum(0)  # [heads, H, W]
         if len(shape) == 3:
-            columns = total.new_zeros(*part.shape[:2], shape[2]).index_add(2, slot.displacements[1], part)
-            total = total.index_add(1, slot.displacements[0], columns)
+            columns = _index_add(total.new_zeros(*part.shape[:2], shape[2]), 2, slot.displacements[1], part)
+            total = _index_add(total, 1, slot.displacements[0], columns)
         else:
             total = total.index_add(1, slot.number, part.sum((1, 2))[:, None])
     return total

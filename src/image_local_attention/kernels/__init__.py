@@ -35,7 +35,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[
         *(q.handle, k.handle, v.handle, out, lse, *terms),
         *(q.strides, k.strides, v.strides, *strides(out, lse[..., None], *terms)),
         *(*problem.sizes, query.shape[1]),
-        max(abs(scale) * LOG2E, TINY) if scale else 1.0,
+        *(max(abs(scale) * factor, TINY) if scale else 1.0 for factor in (LOG2E, 1.0)),
         addressed=(query, key, value, out),
         **depths(query, value),
         **ways(q=q, k=k, v=v),

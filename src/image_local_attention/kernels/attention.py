@@ -1,8 +1,9 @@
 """The fused kernels: forward, delta, and the gradients of query and of key and value.
 
-Logits are kept in powers of two (`scale_log2 = scale * log2(e)`), the log-sum-exp in memory is natural. Each kernel
-keeps a tile of pixels and streams the blocks of its halo, column of blocks by column of blocks, because the
-visibility of columns does not change along one. H and W are of the queries' grid, HK and WK of the keys'.
+Logits are kept in powers of two (`scale_log2 = scale * log2(e)`) unless products are exact, the log-sum-exp in memory
+is natural. Each kernel keeps a tile of pixels and streams the blocks of its halo, column of blocks by column of
+blocks, because the visibility of columns does not change along one. H and W are of the queries' grid, HK and WK of the
+keys'.
 """
 
 import triton
@@ -22,7 +23,7 @@ from .geometry import (
     window_span,
 )
 from .table import load_entries
-from .terms import finite, first_entry, load_bias, load_ceiling, table_start, takes_part
+from .terms import finite, first_entry, load_bias, load_ceiling, table_start, takes_part, unseen_columns
 from .tile import (
     ABSENT,
     LN2,
@@ -33,6 +34,7 @@ from .tile import (
     load_block,
     load_floats,
     load_keys,
+    natural,
     part_bounds,
     pixels,
     product,
@@ -48,10 +50,18 @@ LANES = tl.constexpr(8)  # sums that a row of scores is kept as, for lanes of a 
 
 @triton.jit
 def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
-    """Takes the products [M, N] of one block into output [M, DVP], maximum [M] and sums [M, LANES]."""
-    b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-    b_rescale = tl.exp2(b_m - b_max)
-    b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
+    """Takes the logits [M, N] of one block into output [M, DVP], maximum [M] and sums [M, LANES].
+
+    They are natural, and so is the maximum, or in units of 1 / scale_log2, with a maximum of powers of two.
+    """
+    if natural(PRODUCT):
+        b_max = tl.maximum(b_m, tl.max(b_s, 1))
+        b_rescale = tl.exp2((b_m - b_max) * LOG2E)
+        b_p = tl.exp2((b_s - b_max[:, None]) * LOG2E)
+    else:
+        b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+        b_rescale = tl.exp2(b_m - b_max)
+        b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
     b_o = add_product(b_o * b_rescale[:, None], b_p, b_v, PRODUCT)
     b_sums = tl.sum(b_p.reshape(b_p.shape[0], b_p.shape[1] // LANES, LANES), 1)
     return b_o, b_max, b_l * b_rescale[:, None] + b_sums
@@ -61,7 +71,7 @@ def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
 def forward_kernel(
     q_src, k_src, v_src, o_ptr, lse_ptr, bias_ptr, most_ptr,
     q_s, k_s, v_s, o_s, lse_s, bias_s, most_s,
-    H, W, HK, WK, heads, scale_log2,
+    H, W, HK, WK, heads, scale_log2, scale,
     Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
     BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
@@ -72,7 +82,7 @@ def forward_kernel(
 ):  # fmt: skip
     """O = softmax(scale * <q, k_ij> + bias_ij) v_ij and its log-sum-exp.
 
-    `scale_log2` is positive, SIGN that of the scale. GROUP heads of queries share one of keys and values.
+    `scale_log2` and `scale` are positive, SIGN that of the scale. GROUP heads of queries share one of keys and values.
     """
     i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
@@ -134,7 +144,9 @@ def forward_kernel(
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
                 b_s = scores(b_cols, b_q, b_k, PRODUCT)
                 if bias_ptr is not None:
-                    b_s = b_s * (scale_log2 * LN2) + b_bias
+                    b_s = b_s * scale + b_bias
+                elif natural(PRODUCT):
+                    b_s = b_s * scale
                 if not BARE and PART != 1:  # a minimum is cheaper than a selection
                     m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
                     b_s = tl.minimum(b_s, tl.where(m_rows, b_most, ABSENT))
@@ -146,7 +158,7 @@ def forward_kernel(
                 step_scale = LOG2E if bias_ptr is not None else scale_log2
                 b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
     b_sum = tl.sum(b_l, 1)
-    b_lse = (b_m + tl.log2(b_sum)) * LN2
+    b_lse = b_m + tl.log(b_sum) if natural(PRODUCT) else (b_m + tl.log2(b_sum)) * LN2
     if most_ptr is not None:  # no key at all
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
@@ -215,7 +227,7 @@ def grad_query_kernel(
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     b_g = load_block(g_src, g_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, G_WAY, WIDE)  # [M, DVP]
     b_lse = load_floats(lse_ptr, lse_s, i_b, i_h, o_y, o_x, H, W, 0.0, WIDE)
-    if bias_ptr is None:
+    if bias_ptr is None and not natural(PRODUCT):
         b_lse = b_lse * LOG2E
     if most_ptr is not None:
         b_lse = finite(b_lse)
@@ -247,10 +259,14 @@ def grad_query_kernel(
                         b_bias = load_bias(bias_ptr, bias_s, i_h, *o_pairs, m_cols & m_rows, Y, X)
                 b_k = load_keys(k_src, k_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DK, DKP, K_WAY, WIDE, Y, X)
                 b_v = load_keys(v_src, v_s, i_b, i_kv, k_y0, k_x0, HK, WK, ROWS, COLS, DV, DVP, V_WAY, WIDE, Y, X)
-                if bias_ptr is not None:  # natural, and close to each other: their difference is rounded least
-                    b_s = (product(b_q, b_k, PRODUCT) * scale + (b_bias + b_cols)) * LOG2E
+                b_s = product(b_q, b_k, PRODUCT)
+                if natural(PRODUCT):  # to the bit what the forward has, up to where scale and bias come in
+                    b_s = b_s * scale + b_bias if bias_ptr is not None else b_s * scale
+                    b_s = (b_s + b_cols) * LOG2E
+                elif bias_ptr is not None:  # close to each other: their difference is rounded least
+                    b_s = (b_s * scale + (b_bias + b_cols)) * LOG2E
                 else:
-                    b_s = product(b_q, b_k, PRODUCT) * scale_log2 + b_cols
+                    b_s = b_s * scale_log2 + b_cols
                 if not BARE and PART != 1:
                     m_rows = visible(o_row[None, :], o_start_y[:, None], o_top[:, None], rows[:, None], Y)
                     b_s = tl.where(m_rows, b_s, NEVER)
@@ -301,8 +317,6 @@ def grad_key_value_kernel(
     o_y, o_x = pixels(y0, x0, TH, TW)
     b_k = load_block(k_src, k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, K_WAY, WIDE)  # [M, DKP]
     b_v = load_block(v_src, v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, V_WAY, WIDE)  # [M, DVP]
-    if mask_ptr is not None:
-        m_k = takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)
     BARE: tl.constexpr = bias_ptr is not None and not RASTER and (ROW == 0 or not BY_DISPLACEMENT)
     b_grad_k = tl.zeros([TH * TW, DKP], tl.float32)
     b_grad_v = tl.zeros([TH * TW, DVP], tl.float32)
@@ -332,7 +346,7 @@ def grad_key_value_kernel(
                         b_g = load_block(g_src, g_s, i_b, i_q, q_y0, q_x0, H, W, ROWS, COLS, DV, DVP, G_WAY, WIDE)
                         # no query there: P is 0
                         b_lse = load_floats(lse_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, float("inf"), WIDE)
-                        if bias_ptr is None:
+                        if bias_ptr is None and not natural(PRODUCT):
                             b_lse = b_lse * LOG2E
                         if mask_ptr is not None:
                             b_lse = finite(b_lse)
@@ -354,31 +368,29 @@ def grad_key_value_kernel(
                                 o_bx = first_entry(o_qx, WK, W, BY_DISPLACEMENT, X)
                                 o_pairs = o_py[:, None], o_px[:, None], o_by[None, :], o_bx[None, :]
                                 b_bias = load_bias(bias_ptr, bias_s, i_q, *o_pairs, m_s & (b_cols == 0.0), Y, X)
-                            b_s = (product(b_k, b_q, PRODUCT) * scale + (b_bias - b_lse[None, :])) * LOG2E
-                            if not BARE:
-                                b_s += b_cols
+                        b_s = product(b_k, b_q, PRODUCT, True)
+                        if natural(PRODUCT):  # to the bit what the forward has, up to where scale and bias come in
+                            b_s = b_s * scale + b_bias if bias_ptr is not None else b_s * scale
+                            b_s = (b_s - b_lse[None, :]) * LOG2E
+                        elif bias_ptr is not None:  # close to each other: their difference is rounded least
+                            b_s = (b_s * scale + (b_bias - b_lse[None, :])) * LOG2E
                         else:
-                            b_s = product(b_k, b_q, PRODUCT) * scale_log2 + b_cols - b_lse[None, :]
+                            b_s = b_s * scale_log2 + b_cols - b_lse[None, :]
+                        if not BARE and (bias_ptr is not None or natural(PRODUCT)):
+                            b_s += b_cols
                         if not BARE:
                             b_s = tl.where(m_s, b_s, NEVER)
-                        if mask_ptr is not None:
-                            b_s = tl.minimum(b_s, tl.where(m_k, float("inf"), NEVER)[:, None])
                         b_p = tl.exp2(b_s)
                         if grad_v_ptr is not None:
                             b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
                         if grad_k_ptr is not None:
                             b_delta = load_floats(delta_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, 0.0, WIDE)
-                            b_ds = b_p * (product(b_v, b_g, PRODUCT) - b_delta[None, :])
+                            b_ds = b_p * (product(b_v, b_g, PRODUCT, True) - b_delta[None, :])
                             b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)
+    if mask_ptr is not None:  # a key that does not take part has only its own gradients spoiled
+        m_k = takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)[:, None]
+        b_grad_k, b_grad_v = tl.where(m_k, b_grad_k, 0.0), tl.where(m_k, b_grad_v, 0.0)
     if grad_k_ptr is not None:
         store_block(grad_k_ptr, b_grad_k * scale, grad_k_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DK, DKP, WIDE)
     if grad_v_ptr is not None:
         store_block(grad_v_ptr, b_grad_v, grad_v_s, i_b, i_h, y0, x0, HK, WK, TH, TW, DV, DVP, WIDE)
-
-
-@triton.jit
-def unseen_columns(o_k, o_q, size, queries, A: tl.constexpr):
-    """[M, N]: what to add to the logits of keys that queries do not see for their columns."""
-    o_start, o_left, cols = window_span(o_q, size, queries, False, A)
-    m_k = visible(o_k[:, None], o_start[None, :], o_left[None, :], cols[None, :], A)
-    return tl.where(m_k, 0.0, NEVER)

@@ -19,6 +19,7 @@ from .tile import (
     load_floats,
     load_keys,
     load_pixels,
+    natural,
     pixel_offsets,
     pixels,
     product,
@@ -74,7 +75,11 @@ def pair_sums_kernel(
             # no query there: P is 0
             b_lse = finite(load_floats(lse_at, lse_st, i_b, i_h, o_y, o_x, h, w, float("inf"), WIDE))
             b_delta = load_floats(delta_at, lse_st, i_b, i_h, o_y, o_x, h, w, 0.0, WIDE)
-            b_s = (product(b_q, b_k, PRODUCT) * scale + (b_bias - b_lse[:, None])) * LOG2E
+            b_s = product(b_q, b_k, PRODUCT)
+            if natural(PRODUCT):  # as the other gradients have it
+                b_s = (b_s * scale + b_bias - b_lse[:, None]) * LOG2E
+            else:
+                b_s = (b_s * scale + (b_bias - b_lse[:, None])) * LOG2E
             if BY_DISPLACEMENT or Y.absent or X.absent:
                 o_start, o_first, count = window_span(o_y, hk, h, True, Y)
                 m_s = visible(o_ky[None, :], o_start[:, None], o_first[:, None], count[:, None], Y)

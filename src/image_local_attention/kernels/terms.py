@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .geometry import centre, fold, window_start
+from .geometry import centre, fold, visible, window_span, window_start
 from .table import load_here
-from .tile import head_start, load_floats, pixel_offsets, pixels
+from .tile import NEVER, head_start, load_floats, pixel_offsets, pixels
 
 
 @triton.constexpr_function
@@ -80,3 +80,11 @@ def absent(o_ky, o_kx, HK, WK, Y: tl.constexpr, X: tl.constexpr):
 def finite(b_lse):
     """The log-sum-exp of a query that sees no key is minus infinity; as plus infinity it makes all P zero."""
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+
+@triton.jit
+def unseen_columns(o_k, o_q, size, queries, A: tl.constexpr):
+    """[M, N]: what to add to the logits of keys that queries do not see for their columns."""
+    o_start, o_left, cols = window_span(o_q, size, queries, False, A)
+    m_k = visible(o_k[:, None], o_start[None, :], o_left[None, :], cols[None, :], A)
+    return tl.where(m_k, 0.0, NEVER)

@@ -183,6 +183,12 @@ def store_floats(ptr, b_x, strides, i_b, i_h, o_y, o_x, H, W, WIDE: tl.constexpr
     tl.store(p_x, b_x, mask=inside(o_y, o_x, H, W))
 
 
+@triton.constexpr_function
+def natural(product):
+    """Whether logits and their maximum stay natural, for the log-sum-exp and P to be rounded as exactly as products."""
+    return product in ("three-pass", "exact")
+
+
 @triton.jit
 def to_tf32(b_x):
     """Rounded to the 11 bits of precision that the matrix units take of fp32."""
@@ -190,17 +196,22 @@ def to_tf32(b_x):
 
 
 @triton.jit
-def matmul(b_c, b_a, b_b, PRODUCT: tl.constexpr):
+def matmul(b_c, b_a, b_b, PRODUCT: tl.constexpr, FLIP: tl.constexpr = False):
     """b_c + b_a @ b_b in fp32. PRODUCT is one of `gpu.PRODUCTS`.
 
     "three-pass": each operand is the sum of two in TF32, high and low; low times low is below fp32's rounding. The
-    sum begins anew, for the matrix units truncate it at every step, which a long sum would not bear.
+    sum begins anew, for the matrix units truncate it at every step, which a long sum would not bear. FLIP: add up as
+    the product of the transposes, the second by the first, would.
     """
     if PRODUCT == "three-pass":
         b_a_high, b_b_high = to_tf32(b_a), to_tf32(b_b)
         b_a_low, b_b_low = to_tf32(b_a - b_a_high), to_tf32(b_b - b_b_high)
-        b_ab = tl.dot(b_a_low, b_b_high, input_precision="tf32")
-        b_ab = tl.dot(b_a_high, b_b_low, b_ab, input_precision="tf32")
+        if FLIP:
+            b_ab = tl.dot(b_a_high, b_b_low, input_precision="tf32")
+            b_ab = tl.dot(b_a_low, b_b_high, b_ab, input_precision="tf32")
+        else:
+            b_ab = tl.dot(b_a_low, b_b_high, input_precision="tf32")
+            b_ab = tl.dot(b_a_high, b_b_low, b_ab, input_precision="tf32")
         b_c += tl.dot(b_a_high, b_b_high, b_ab, input_precision="tf32")
     elif PRODUCT == "tf32":
         b_c = tl.dot(b_a, b_b, b_c, input_precision="tf32")
@@ -218,12 +229,12 @@ def add_product(b_c, b_a, b_b, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def scores(b_c, b_a, b_b, PRODUCT: tl.constexpr):
+def scores(b_c, b_a, b_b, PRODUCT: tl.constexpr, FLIP: tl.constexpr = False):
     """b_c + b_a @ b_b.T in fp32."""
-    return matmul(b_c, b_a, tl.trans(b_b), PRODUCT)
+    return matmul(b_c, b_a, tl.trans(b_b), PRODUCT, FLIP)
 
 
 @triton.jit
-def product(b_a, b_b, PRODUCT: tl.constexpr):
+def product(b_a, b_b, PRODUCT: tl.constexpr, FLIP: tl.constexpr = False):
     """b_a @ b_b.T in fp32."""
-    return scores(tl.zeros([b_a.shape[0], b_b.shape[0]], tl.float32), b_a, b_b, PRODUCT)
+    return scores(tl.zeros([b_a.shape[0], b_b.shape[0]], tl.float32), b_a, b_b, PRODUCT, FLIP)

@@ -224,8 +224,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", True): (
             Row(16, ANY, Plan((4, 4), 32, 1, 3, hoist=False)),  # 512-16-k11-3x 0.272
             Row(32, ANY, Plan((4, 4), 16, 1)),
-            # 512-64-k5-3x, 512-64-k11-3x, 256-64-k7-3x 0.187
-            Row(64, 11, Plan((4, 4), 32, 2, 2, keep_by_pointer=True, hoist=False)),
+            Row(64, 11, Plan((4, 4), 32, 2, 3, keep_by_pointer=True, hoist=False)),
             Row(64, ANY, Plan((4, 4), 16, 2)),  # 128-64-k21-3x 0.176
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),

@@ -60,3 +60,21 @@ def test_chunks_are_of_no_consequence(target, kernel, by_displacement, options, 
     assert_right(target, maps, bias, grad_out, kernel, {"heads": 2} | options)
     assert len(chunks) == 1
     assert (chunks[0] == 1) == (sums == 1)
+
+
+@TRITON
+@pytest.mark.parametrize("by_displacement", [False, True])
+def test_the_bias_of_a_key_seen_alone_is_in_the_log_sum_exp_only(target, by_displacement):
+    """Its weight is 1 whatever its logit; where a mask leaves it out there is no weight at all."""
+    maps, bias, grad_out = problem((18, 11), (1, 1), by_displacement, kv_heads=2)
+    *maps, bias, grad_out = (x.to(target.device, torch.float32) for x in (*maps, bias, grad_out))
+    bias.requires_grad_()
+    key_mask = torch.ones(2, 18, 11, dtype=torch.bool, device=target.device)
+    key_mask[:, 5:] = False
+    grad_lse = torch.rand(2, 2, 18, 11, device=target.device)
+    options = {"heads": 2, "border": "shift" if by_displacement else "zeros", "key_mask": key_mask}
+    out, lse = local_attention(*maps, 1, bias=bias, backend="triton", return_lse=True, **options)
+    (got,) = torch.autograd.grad(out, bias, grad_out, retain_graph=True)
+    assert torch.equal(got, torch.zeros_like(bias))
+    (got,) = torch.autograd.grad((out, lse), bias, (grad_out, grad_lse))
+    torch.testing.assert_close(got.flatten(), grad_lse[:, :, :5].sum((0, 2, 3)))

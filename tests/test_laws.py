@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import TARGETS
 from image_local_attention import local_aggregate, local_attention, local_similarity
 from problems import LAYOUTS, lay_out
 
@@ -273,6 +274,17 @@ def test_results_are_repeatable_bit_for_bit(target, dtype, options, layout):
     first = once()
     for _ in range(100 if target.device == "cuda" and target.backend == "triton" else 3):
         assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("target", [t.param() for t in TARGETS if t.backend == "triton"])
+def test_a_key_that_every_query_sees_sums_up_as_if_rounded_once(target):
+    """4096 terms, all but the first less than half of a rounding of the sum, block by block too."""
+    weight = torch.full((1, 1, 64, 64, 1), 2.0**-6, device=target.device)
+    weight[0, 0, 0, 0] = 2.0**24
+    value = torch.ones(1, 1, 1, 1, device=target.device, requires_grad=True)
+    out = local_aggregate(weight, value, 1, backend=target.backend)
+    (got,) = torch.autograd.grad(out.sum(), value)
+    assert abs(got.item() - weight.double().sum().item()) <= 2.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -67,7 +67,7 @@ def attention_backward(
     if grad_key is not None or grad_value is not None:
         _grad_key_value(*inputs, grad_key, grad_value, rules)
     if wanted[3]:
-        of_bias = grad_bias.of_attention(*inputs, rules).to(rules.bias.dtype)
+        of_bias = grad_bias.of_attention(*inputs, grad_lse, rules).to(rules.bias.dtype)
     return grad_query, grad_key, grad_value, of_bias
 
 

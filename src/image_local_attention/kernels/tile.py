@@ -229,6 +229,14 @@ def add_product(b_c, b_a, b_b, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(b_sum, b_lost, b_x):
+    """b_sum + b_x, and what rounding adds to it: Kahan's summation, for a sum of any length to be rounded as one."""
+    b_x = b_x - b_lost
+    b_total = b_sum + b_x
+    return b_total, (b_total - b_sum) - b_x
+
+
+@triton.jit
 def scores(b_c, b_a, b_b, PRODUCT: tl.constexpr, FLIP: tl.constexpr = False):
     """b_c + b_a @ b_b.T in fp32."""
     return matmul(b_c, b_a, tl.trans(b_b), PRODUCT, FLIP)

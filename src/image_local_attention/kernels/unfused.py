@@ -21,11 +21,14 @@ from .geometry import (
 )
 from .terms import absent, first_entry, load_bias, takes_part
 from .tile import (
+    add_exactly,
     add_product,
     head_start,
     inside,
     load_block,
     load_keys,
+    matmul,
+    natural,
     pixel_offsets,
     pixels,
     product,
@@ -171,6 +174,7 @@ def aggregate_transpose_kernel(
     o_y, o_x = pixels(y0, x0, TH, TW)
     m_k = inside(o_y, o_x, HK, WK)
     b_o = tl.zeros([TH * TW, DP], tl.float32)
+    b_lost = b_o  # one key may be seen by every query, and a sum of many blocks loses more than products do
     for i_image_y in tl.range(images_y if Y.folds else 1):
         o_py = image(o_y, i_image_y, HK, before_y, Y)
         first, last = ends(o_py, y0, TH, Y)
@@ -192,5 +196,8 @@ def aggregate_transpose_kernel(
                         o_w, m_w, m_before = slots(*o_pairs, H, W, HK, WK, w_s, RASTER, WIDE, Y, X)
                         m_w = m_w & m_before & m_k[:, None] & inside(o_qy, o_qx, H, W)[None, :]
                         b_w = tl.load(p_head + o_w, mask=m_w, other=0.0)  # [M, N]
-                        b_o = add_product(b_o, b_w, b_x, PRODUCT)
+                        if natural(PRODUCT):
+                            b_o, b_lost = add_exactly(b_o, b_lost, matmul(tl.zeros_like(b_o), b_w, b_x, PRODUCT))
+                        else:
+                            b_o = add_product(b_o, b_w, b_x, PRODUCT)
     store_block(o_ptr, b_o * scale, o_s, i_b, i_h, y0, x0, HK, WK, TH, TW, D, DP, WIDE)

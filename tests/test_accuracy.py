@@ -1,6 +1,5 @@
 """Random problems against the oracle, within twice the error of plain PyTorch in the same dtype."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,21 +68,6 @@ def test_random_problems(operator, target, dtype):
     strategy = problems(largest=7, deepest=20, most=2) if target.interpreted else problems()
     name = f"{operator.inputs} {target} {dtype}"
     for_each(strategy, COUNTS[target.backend], name, lambda problem: check(operator, problem, target, dtype))
-
-
-@pytest.mark.hunt
-@pytest.mark.usefixtures("poison")
-def test_every_second_column_of_whole_vectors(target, dtype):
-    """Which the kernels read in pairs, where columns lie side by side."""
-
-    def in_pairs(problem: Problem) -> Problem:
-        border = tuple(name if name in ("zeros", "mask") else "mask" for name in problem.border)
-        others = {"size": (problem.size[0], 16), "keys": None, "border": border, "dilation": (problem.dilation[0], 2)}
-        bias = "slot" if problem.bias == "displacement" else problem.bias
-        return dataclasses.replace(problem, **others, bias=bias, layouts=("contiguous",) * 4)
-
-    strategy = problems(largest=7, deepest=20, most=2, work=2**16).map(in_pairs)
-    for_each(strategy, 8, f"pairs {dtype}", lambda problem: check(ATTENTION, problem, target, dtype))
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (4, 6), (1, 9)], ids=str)

@@ -13,7 +13,7 @@ from ..window import Axis, Window
 from . import gpu as gpus
 from . import plan
 from .geometry import Span, images, spans
-from .source import Source, column_step, layout, source, whole_vectors
+from .source import Source, column_step, layout, source
 from .table import ceiling, table
 
 _MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
@@ -120,19 +120,20 @@ class Launch:
         self.first, self.tiles = maps[0], tiles
         self.spans = y, x = problem.spans
         gpu = gpus.of(self.first.device)
+        layouts = [layout(each) for each in maps]
         product = gpu.product(maps[0].dtype, problem.rules.precision)
         depth = max(each.shape[4] for each in maps)
         kernel = problem.rules.window.kernel
         scattered = y.lattice * x.lattice > 1
         folded = not transposed and (y.folds or x.folds)
-        step_x = 0 if folded else x.lattice
-        planes = "planes" in map(layout, streamed)
+        side_by_side = x.lattice == 1 and not folded
+        planes = "planes" in layouts[len(kept) :]
         facts = problem.facts if scattered or folded else problem.facts | {"copies"}
         chosen = task, product, depth, kernel, planes, facts
         self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
 
         by_pointer = self.plan.stream_by_pointer or scattered or folded
-        ways = [_way(gpu, each, by_pointer, step_x) for each in streamed]
+        ways = [_way(gpu, each, by_pointer, side_by_side) for each in layouts[len(kept) :]]
         tile_w, reach = self.plan.tile[1], x.reach
         step, vector = (
             max((column_step(each, way, wide) for each, way in zip(streamed, ways, strict=True)), default=1)
@@ -145,7 +146,7 @@ class Launch:
             self.pad = self.plan.free_columns(reach, -lead % vector, step)
             self.shift = -(lead + self.pad) % step
         keep_by_pointer = self.plan.keep_by_pointer or scattered
-        ways = [self._way_to_keep(each, gpu, keep_by_pointer, step_x) for each in kept] + ways
+        ways = [self._way_to_keep(each, gpu, keep_by_pointer, side_by_side) for each in kept] + ways
         block = self.plan.block_shape(reach + self.pad, step)
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
@@ -181,8 +182,8 @@ class Launch:
         by_displacement = problem.rules.by_displacement
         return (bias, mask), {"BY_DISPLACEMENT": by_displacement, "ROW": row, "WARPS": self.plan.warps}
 
-    def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu, by_pointer: bool, step_x: int) -> str:
-        way = _way(gpu, x, by_pointer, step_x)
+    def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu, by_pointer: bool, side_by_side: bool) -> str:
+        way = _way(gpu, layout(x), by_pointer, side_by_side)
         step = column_step(x, way, 1)
         return way if self.plan.tile[1] % step == 0 and self.shift % step == 0 else "pointer"
 
@@ -219,12 +220,10 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
 
 
-def _way(gpu: gpus.Gpu, x: Tensor, by_pointer: bool, step: int) -> str:
-    """The way to read a map. step: columns from one that is read to the next, 0 where these are no progression."""
-    way = gpu.way(layout(x), by_pointer)
-    if way != "columns" or step == 1:
-        return way
-    return "pairs" if step == 2 and whole_vectors(x) else "pointer"
+def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:
+    """The way to read a map of a layout. side_by_side: whether its columns are read one after the other."""
+    way = gpu.way(layout, by_pointer)
+    return "pointer" if way == "columns" and not side_by_side else way
 
 
 def depths(query: Tensor, value: Tensor) -> dict[str, int]:

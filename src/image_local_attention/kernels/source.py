@@ -19,8 +19,7 @@ class Source:
     """What a kernel is handed for a map [B, heads, H, W, D]: `handle`, `strides`, and the `way` to read it.
 
     "rows" and "planes" are descriptors with channels or columns innermost, "columns" are pointers to columns that
-    lie side by side and blocks that begin on whole vectors, "pairs" the same where every second column is wanted,
-    "pointer" is the way that takes any strides.
+    lie side by side and blocks that begin on whole vectors, "pointer" is the way that takes any strides.
     """
 
     handle: Tensor | TensorDescriptor
@@ -45,15 +44,9 @@ def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
 
 def column_step(x: Tensor, way: str, tile_width: int) -> int:
     """Pixels of which a block's first column must be a multiple: whole vectors, whole sectors for wide tiles."""
-    if way not in ("planes", "columns", "pairs"):
+    if way not in ("planes", "columns"):
         return 1
-    size = x.element_size() * (2 if way == "pairs" else 1)
-    return max(_ALIGNMENT // size, min(_SECTOR // size, tile_width))
-
-
-def whole_vectors(x: Tensor) -> bool:
-    """Whether rows of columns side by side are of whole vectors."""
-    return x.shape[3] * x.element_size() % _ALIGNMENT == 0
+    return max(_ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
 
 
 def _descriptor_strides(x: Tensor, order: tuple[int, ...]) -> list[int] | None:

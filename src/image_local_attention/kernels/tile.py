@@ -117,15 +117,12 @@ def load_block(
     """[ROWS*COLS, DP] pixels of a map from (y0, x0) on; zeros outside the map and in channels D .. DP-1.
 
     WAY, with what `src` is: "rows", a tensor descriptor over [B, H, W, heads, D]; "planes", one over
-    [B, heads, D, H, W]; "columns", a pointer to columns side by side and x0 on a whole vector; "pairs", a pointer to
-    every second of such columns; "pointer".
+    [B, heads, D, H, W]; "columns", a pointer to columns side by side and x0 on a whole vector; "pointer".
     """
     if WAY == "rows":
         b_x = src.load([i_b, y0, x0, i_h, 0]).reshape(ROWS * COLS, DP)
     elif WAY == "planes":
         b_x = tl.trans(src.load([i_b, i_h, 0, y0, x0]).reshape(DP, ROWS * COLS))
-    elif WAY == "pairs":
-        b_x = load_halves_of_pairs(src, strides, i_b, i_h, y0, x0, H, W, ROWS, COLS, D, DP, WIDE)
     else:
         if WAY == "columns":
             x0 = tl.multiple_of(x0, VECTOR_BYTES // (src.dtype.element_ty.primitive_bitwidth // 8))
@@ -142,29 +139,6 @@ def load_pixels(src, strides, i_b, i_h, o_y, o_x, H, W, D: tl.constexpr, DP: tl.
     if DP > D:
         m_x = m_x & (tl.arange(0, DP) < D)[None, :]
     return tl.load(p_x + channel_offsets(DP, strides, WIDE)[None, :], mask=m_x, other=0.0)
-
-
-@triton.jit
-def load_halves_of_pairs(
-    src, strides, i_b, i_h, y0, x0, H, W,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """`load_block` of every second column: pairs of columns are loaded as one word, whole vectors at once.
-
-    Rows begin and end on whole vectors, and so does x0. `src` is at a pair's first or second half.
-    """
-    BYTES: tl.constexpr = src.dtype.element_ty.primitive_bitwidth // 8
-    WORDS: tl.constexpr = VECTOR_BYTES // (2 * BYTES)  # of a vector
-    word = tl.int32 if BYTES == 2 else tl.int64
-    half = tl.int16 if BYTES == 2 else tl.int32
-    i_half = (src.to(tl.int64) // BYTES % 2).to(tl.int32)
-    p_words = tl.multiple_of((src - i_half).to(tl.pointer_type(word)), VECTOR_BYTES)
-    s_b, s_h = tl.multiple_of(strides[0] // 2, WORDS), tl.multiple_of(strides[1] // 2, WORDS)
-    s_y, s_d = tl.multiple_of(strides[2] // 2, WORDS), tl.multiple_of(strides[4] // 2, WORDS)
-    x0, W = tl.multiple_of(x0, WORDS), W // WORDS * WORDS  # for the compiler to know as well
-    o_y, o_x = pixels(y0, x0, ROWS, COLS)
-    b_words = load_pixels(p_words, (s_b, s_h, s_y, 1, s_d), i_b, i_h, o_y, o_x, H, W, D, DP, WIDE)
-    return (b_words >> (i_half * (8 * BYTES))).to(half).to(src.dtype.element_ty, bitcast=True)
 
 
 @triton.jit

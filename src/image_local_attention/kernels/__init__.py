@@ -60,14 +60,14 @@ def attention_backward(
     grad_query, grad_key, grad_value = (
         empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted[:3], strict=True)
     )
-    delta, of_bias = _delta(grad_out, grad_lse, out), None
+    delta, of_bias = _delta(grad_out, grad_lse, out, rules), None
     inputs = query, key, value, grad_out, lse, delta
     if grad_query is not None:
         _grad_query(*inputs, grad_query, rules)
     if grad_key is not None or grad_value is not None:
         _grad_key_value(*inputs, grad_key, grad_value, rules)
     if wanted[3]:
-        of_bias = grad_bias.of_attention(*inputs, grad_lse, rules).to(rules.bias.dtype)
+        of_bias = grad_bias.of_attention(*inputs, rules).to(rules.bias.dtype)
     return grad_query, grad_key, grad_value, of_bias
 
 
@@ -77,8 +77,14 @@ def _problem(at_queries: Tensor, key: Tensor, rules: Rules, until_query: bool = 
     return Problem(rules, heads, key.shape[1], tuple(queries), tuple(key.shape[2:4]), until_query)
 
 
-def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
-    """sum(grad_out * out) - grad_lse, [B, heads, H, W] in fp32."""
+def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, rules: Rules) -> Tensor:
+    """sum(grad_out * out) - grad_lse, [B, heads, H, W] in fp32.
+
+    Where windows are of one key the sum is dP, and dP - delta is without both, which `weight_gradient` knows.
+    """
+    if rules.window.slots == 1:
+        delta = out.new_zeros(out.shape[:4], dtype=torch.float32)
+        return delta if grad_lse is None else delta.sub_(grad_lse)
     delta = out.new_empty(out.shape[:4], dtype=torch.float32)
     depth, gpu, axis = out.shape[4], gpus.of(out.device), Span(1, 0, 1)
     chosen = plan.INTERPRETED if gpu.interpreted else plan.choose("delta", "half", depth, (1, 1), False)

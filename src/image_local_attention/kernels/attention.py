@@ -22,11 +22,20 @@ from .geometry import (
     visible,
     window_span,
 )
+from .softmax import softmax_end, softmax_start, softmax_step
 from .table import load_entries
-from .terms import finite, first_entry, load_bias, load_ceiling, table_start, takes_part, unseen_columns
+from .terms import (
+    finite,
+    first_entry,
+    load_bias,
+    load_ceiling,
+    table_start,
+    takes_part,
+    unseen_columns,
+    weight_gradient,
+)
 from .tile import (
     ABSENT,
-    LN2,
     LOG2E,
     NEVER,
     add_product,
@@ -44,27 +53,6 @@ from .tile import (
     store_block,
     store_floats,
 )
-
-LANES = tl.constexpr(8)  # sums that a row of scores is kept as, for lanes of a warp to add up once, at the end
-
-
-@triton.jit
-def softmax_step(b_o, b_m, b_l, b_s, b_v, scale_log2, PRODUCT: tl.constexpr):
-    """Takes the logits [M, N] of one block into output [M, DVP], maximum [M] and sums [M, LANES].
-
-    They are natural, and so is the maximum, or in units of 1 / scale_log2, with a maximum of powers of two.
-    """
-    if natural(PRODUCT):
-        b_max = tl.maximum(b_m, tl.max(b_s, 1))
-        b_rescale = tl.exp2((b_m - b_max) * LOG2E)
-        b_p = tl.exp2((b_s - b_max[:, None]) * LOG2E)
-    else:
-        b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-        b_rescale = tl.exp2(b_m - b_max)
-        b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
-    b_o = add_product(b_o * b_rescale[:, None], b_p, b_v, PRODUCT)
-    b_sums = tl.sum(b_p.reshape(b_p.shape[0], b_p.shape[1] // LANES, LANES), 1)
-    return b_o, b_max, b_l * b_rescale[:, None] + b_sums
 
 
 @triton.jit
@@ -110,9 +98,7 @@ def forward_kernel(
     b_q = load_block(q_src, q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, Q_WAY, WIDE)  # [M, DKP]
     if SIGN != 1:
         b_q = b_q * SIGN
-    b_o = tl.zeros([TH * TW, DVP], tl.float32)
-    b_m = tl.full([TH * TW], NEVER, tl.float32)
-    b_l = tl.zeros([TH * TW, LANES], tl.float32)
+    b_o, b_m, b_l = softmax_start(TH * TW, DVP)
     halo_y, n_rows = key_halo(y0, HK, H, TH, ROWS, 0, 1, Y)
     halo_x, n_cols = key_halo(x0, WK, W, TW, COLS, PAD, ALIGN, X)
     PARTS: tl.constexpr = row_parts(TH, ROWS, Y, RASTER or most_ptr is not None or bias_ptr is not None)
@@ -157,11 +143,8 @@ def forward_kernel(
                     b_s = tl.where(m_s, ABSENT, b_s)
                 step_scale = LOG2E if bias_ptr is not None else scale_log2
                 b_o, b_m, b_l = softmax_step(b_o, b_m, b_l, b_s, b_v, step_scale, PRODUCT)
-    b_sum = tl.sum(b_l, 1)
-    b_lse = b_m + tl.log(b_sum) if natural(PRODUCT) else (b_m + tl.log2(b_sum)) * LN2
-    if most_ptr is not None:  # no key at all
-        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    store_block(o_ptr, b_o / b_sum[:, None], o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
+    b_o, b_lse = softmax_end(b_o, b_m, b_l, most_ptr is not None, PRODUCT)
+    store_block(o_ptr, b_o, o_s, i_b, i_h, y0, x0, H, W, TH, TW, DV, DVP, WIDE)
     store_floats(lse_ptr, b_lse, lse_s, i_b, i_h, o_y, o_x, H, W, WIDE)
 
 
@@ -275,7 +258,8 @@ def grad_query_kernel(
                     b_s = tl.where(m_s, NEVER, b_s)
                 if most_ptr is not None:
                     b_s = tl.minimum(b_s, b_most)
-                b_ds = tl.exp2(b_s) * (product(b_g, b_v, PRODUCT) - b_delta[:, None])
+                b_dp = weight_gradient(b_g, b_v, PRODUCT, False, Y, X)
+                b_ds = tl.exp2(b_s) * (b_dp - b_delta[:, None])
                 b_grad_q = add_product(b_grad_q, b_ds, b_k, PRODUCT)
     store_block(grad_q_ptr, b_grad_q * scale, grad_q_s, i_b, i_h, y0, x0, H, W, TH, TW, DK, DKP, WIDE)
 
@@ -385,7 +369,8 @@ def grad_key_value_kernel(
                             b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
                         if grad_k_ptr is not None:
                             b_delta = load_floats(delta_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, 0.0, WIDE)
-                            b_ds = b_p * (product(b_v, b_g, PRODUCT, True) - b_delta[None, :])
+                            b_dp = weight_gradient(b_v, b_g, PRODUCT, True, Y, X)
+                            b_ds = b_p * (b_dp - b_delta[None, :])
                             b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)
     if mask_ptr is not None:  # a key that does not take part has only its own gradients spoiled
         m_k = takes_part(mask_ptr, mask_s, i_b, i_h, o_y, o_x, HK, WK, WIDE, Y, X)[:, None]

@@ -19,18 +19,12 @@ SUMS = 2**23
 
 
 def of_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grad_lse: Tensor | None,
-    rules: Rules,
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, rules: Rules
 ) -> Tensor:
     """The gradient of the bias of `rules` from what a backward has of a fused forward, in fp32."""
     if rules.window.slots == 1:
-        return _of_one_key(lse, grad_lse, rules.bias.shape)
+        # A key that is seen alone has weight 1 whatever its logit: dS = -delta, where there is such a key.
+        return (-delta).where(lse.isfinite(), 0.0).sum((0, 2, 3)).view(rules.bias.shape)
     problem = Problem(rules, query.shape[1], key.shape[1], tuple(query.shape[2:4]), tuple(key.shape[2:4]))
     if not problem.slides(transposed=False):
         return _entry_by_entry((query, key, value, grad_out, lse, delta), None, problem, rules.bias.shape)
@@ -62,13 +56,6 @@ def of_attention(
     begin = (back[1] - _lead(problem, 1)) * column
     total = around.as_strided(size, (head, y + row, x + column, row, column), begin).sum((1, 2))
     return total if rules.by_displacement else total.flatten(1)
-
-
-def _of_one_key(lse: Tensor, grad_lse: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """A key that is seen alone has weight 1 whatever its logit: the bias is in the log-sum-exp and nowhere else."""
-    if grad_lse is None:
-        return lse.new_zeros(shape)
-    return grad_lse.where(lse.isfinite(), 0.0).sum((0, 2, 3)).view(shape)
 
 
 def _entries(problem: Problem) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .geometry import centre, fold, visible, window_span, window_start
 from .table import load_here
-from .tile import NEVER, head_start, load_floats, pixel_offsets, pixels
+from .tile import NEVER, head_start, load_floats, pixel_offsets, pixels, product
 
 
 @triton.constexpr_function
@@ -88,3 +88,13 @@ def unseen_columns(o_k, o_q, size, queries, A: tl.constexpr):
     o_start, o_left, cols = window_span(o_q, size, queries, False, A)
     m_k = visible(o_k[:, None], o_start[None, :], o_left[None, :], cols[None, :], A)
     return tl.where(m_k, 0.0, NEVER)
+
+
+@triton.jit
+def weight_gradient(b_a, b_b, PRODUCT: tl.constexpr, FLIP: tl.constexpr, Y: tl.constexpr, X: tl.constexpr):
+    """dP, as far as dS depends on it: a key that is seen alone has weight 1 whatever its logit."""
+    if Y.kernel * X.kernel == 1:
+        b_dp = tl.zeros([b_a.shape[0], b_b.shape[0]], tl.float32)
+    else:
+        b_dp = product(b_a, b_b, PRODUCT, FLIP)
+    return b_dp

@@ -22,16 +22,16 @@ from rich.table import Table
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from image_local_attention import kernels
+from image_local_attention import check, kernels
 from image_local_attention.kernels import plan
 from image_local_attention.kernels.gpu import padded
 from image_local_attention.kernels.plan import Plan
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
-from image_local_attention.window import Window
 
 from .cases import DTYPES, GROUPS, Case
 from .measure import measure
+from .options import BY_NAME, PLAIN, PROBLEMS
 from .run import environment
 
 TASKS = ("forward", "grad_query", "grad_key_value")
@@ -44,6 +44,9 @@ CHOICES = {
     "stream_by_pointer": (False, True),
     "hoist": (False, True),
 }
+GEOMETRY = {"border": "zeros", "dilation": 1, "causal": False}  # of a window, what it is unless an option says so
+# Options that neither join two grids or numbers of heads, nor change what the three tasks do.
+SEARCHED = [each.name for each in BY_NAME.values() if not (each.instead or each.grouped or each.trained)]
 FIRST, LATER = 64, 32  # candidates of the first and of a later round
 COMPILE_S = 120  # after which a process that compiles is killed
 TOLERANCE = 2e-2  # of the greatest result, against the table's plan
@@ -65,19 +68,21 @@ class Result:
 
 
 class Problem:
-    """A case's maps as heads, and each task as the one kernel that it times.
+    """A case's maps as heads, and each task as the one kernel that it times, with one of the options of windows.
 
     exact: whether log-sum-exp and delta are those of the maps; otherwise only their memory is there.
     """
 
-    def __init__(self, case: Case, device: torch.device, exact: bool) -> None:
+    def __init__(self, case: Case, option: str, device: torch.device, exact: bool) -> None:
         self.maps = [split_heads(x, case.heads) for x in case.maps(device)]
         self.grads = [empty_heads(x, x.shape[4]) for x in self.maps[:3]]
-        window = Window((case.kernel, case.kernel), (case.border, case.border))
-        self.rules = Rules(window, precision=case.precision)
+        chosen = BY_NAME[option].arguments
+        asked = {"border": case.border} | (chosen(case) if callable(chosen) else chosen)
+        window = check.window(case.kernel, *(asked.get(name, usual) for name, usual in GEOMETRY.items()))
+        self.rules = Rules(window, 1.0, asked.get("bias"), asked.get("key_mask"), case.precision)
         if exact:
             out, self.lse = kernels.attention(*self.maps[:3], self.rules)
-            self.delta = kernels._delta(self.maps[3], None, out)
+            self.delta = kernels._delta(self.maps[3], None, out, self.rules)
         else:
             self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
 
@@ -87,7 +92,7 @@ class Problem:
         if task == "forward":
             return kernels.attention(query, key, value, self.rules)
         if task == "delta":
-            return (kernels._delta(grad_out, None, grad_out),)
+            return (kernels._delta(grad_out, None, grad_out, self.rules),)
         grads = self.grads[:1] if task == "grad_query" else self.grads[1:]
         launch = kernels._grad_query if task == "grad_query" else kernels._grad_key_value
         launch(*inputs, *grads, self.rules)
@@ -134,20 +139,20 @@ def launched() -> Iterator[list]:
         JITFunction.run = run
 
 
-_HELD: dict[Case, Problem] = {}  # of a process that compiles: the latest case
+_HELD: dict[tuple[Case, str], Problem] = {}  # of a process that compiles: the latest case and option
 
 
-def compile_candidate(case: Case, task: str, candidate: Plan | None) -> tuple[Plan | None, Result]:
+def compile_candidate(case: Case, option: str, task: str, candidate: Plan | None) -> tuple[Plan | None, Result]:
     """Runs the kernel once, so that Triton's cache on disk has it; the plan it took, and its registers and spills."""
     signal.alarm(COMPILE_S)
     try:
-        if case not in _HELD:
+        if (case, option) not in _HELD:
             _HELD.clear()
             torch.cuda.empty_cache()
-            _HELD[case] = Problem(case, torch.device("cuda"), exact=False)
+            _HELD[case, option] = Problem(case, option, torch.device("cuda"), exact=False)
             torch.cuda.empty_cache()
         with planned(task, candidate) as taken, launched() as found:
-            _HELD[case].run(task)
+            _HELD[case, option].run(task)
         torch.cuda.synchronize()
         return taken[0], Result(found[-1].n_spills, found[-1].n_regs)
     except Exception as caught:  # whatever Triton raises; here it becomes the candidate's result
@@ -194,20 +199,26 @@ class Workers:
         return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def compile_all(workers: Workers, jobs: Sequence[tuple[Case, str, Plan | None]]) -> list[tuple[Plan | None, Result]]:
-    return workers.map(compile_candidate, jobs, lambda case, task, each: (each, Result(error="its process died")))
+def compile_all(
+    workers: Workers, jobs: Sequence[tuple[Case, str, str, Plan | None]]
+) -> list[tuple[Plan | None, Result]]:
+    return workers.map(compile_candidate, jobs, lambda *job: (job[-1], Result(error="its process died")))
 
 
-def possible(case: Case, task: str, candidate: Plan) -> bool:
-    """Whether copies can begin on whole vectors, and sums and scores alone leave registers to a thread."""
+def possible(case: Case, every: int, task: str, candidate: Plan) -> bool:
+    """Whether copies can begin on whole vectors, and sums and scores alone leave registers to a thread.
+
+    every: of how many columns a tile has one.
+    """
     pixels, (depth, depth_value) = math.prod(candidate.tile), map(padded, case.depths)
-    if case.layout == "nchw" and candidate.tile[1] % (16 // DTYPES[case.dtype].itemsize):
+    copied = case.layout == "nchw" and every == 1  # other pixels are read one by one
+    if copied and candidate.tile[1] % (16 // DTYPES[case.dtype].itemsize):
         return False
     sums = {"forward": depth_value, "grad_query": depth, "grad_key_value": depth + depth_value}[task]
     return pixels * (sums + candidate.block) <= REGISTERS * 32 * candidate.warps
 
 
-def neighbours(case: Case, task: str, best: Plan, tried: Iterable[Plan], limit: int) -> list[Plan]:
+def neighbours(case: Case, every: int, task: str, best: Plan, tried: Iterable[Plan], limit: int) -> list[Plan]:
     """Plans that differ from the best in one respect, then in tile, warps and perhaps block, the most alike first."""
     found = [replace(best, **{name: choice}) for name, choices in CHOICES.items() for choice in choices]
 
@@ -225,15 +236,16 @@ def neighbours(case: Case, task: str, best: Plan, tried: Iterable[Plan], limit: 
         ),
         key=unlike,
     )
-    untried = dict.fromkeys(each for each in found if each not in tried and possible(case, task, each))
+    untried = dict.fromkeys(each for each in found if each not in tried and possible(case, every, task, each))
     return list(untried)[:limit]
 
 
 class Search:
     """The plans of one task of a case, as far as they have been tried; the first is the table's."""
 
-    def __init__(self, case: Case, problem: Problem, task: str, hot: bool, budget_s: float) -> None:
-        self.case, self.problem, self.task, self.hot, self.budget_s = case, problem, task, hot, budget_s
+    def __init__(self, case: Case, option: str, problem: Problem, task: str, hot: bool, budget_s: float) -> None:
+        self.case, self.option, self.problem, self.task = case, option, problem, task
+        self.hot, self.budget_s = hot, budget_s
         self.exact = [x.clone() for x in problem.run(task)]
         self.results: dict[Plan, Result] = {}
 
@@ -257,13 +269,13 @@ class Search:
         self.results[candidate] = replace(made, ms=float(f"{taken.ms_p50:.4g}"))
 
     def rows(self) -> Iterator[dict]:
-        head = {"case": self.case.name, "task": self.task, "l2": "hot" if self.hot else "cold"}
+        head = {"case": self.case.name, "option": self.option, "task": self.task, "l2": "hot" if self.hot else "cold"}
         for each in self.ranked:
             current = each == next(iter(self.results))
             yield head | asdict(each) | {"current": current} | asdict(self.results[each])
 
     def table(self, most: int = 8) -> Table:
-        table = Table("plan", "ms", "spills", "registers", "", title=f"{self.case.name}: {self.task}")
+        table = Table("plan", "ms", "spills", "registers", "", title=f"{self.case.name}, {self.option}: {self.task}")
         current = next(iter(self.results))
         shown = self.ranked[:most]
         spilling = [each for each in self.ranked[most:] if self.results[each].ms and self.results[each].spills][:2]
@@ -276,6 +288,7 @@ class Search:
 
 def explore(
     case: Case,
+    option: str,
     device: torch.device,
     starts: dict[str, tuple],
     workers: Workers,
@@ -284,8 +297,9 @@ def explore(
     budget_s: float,
 ) -> Iterator[list[Search]]:
     """Searches of the tasks whose first plan and its resources `starts` has; yields them whenever one has news."""
-    problem = Problem(case, device, exact=True)
-    searches = [Search(case, problem, task, hot, budget_s) for task in starts]
+    problem = Problem(case, option, device, exact=True)
+    every = problem.rules.window.dilation[1]
+    searches = [Search(case, option, problem, task, hot, budget_s) for task in starts]
     for search in searches:
         search.add(*starts[search.task])
     yield searches
@@ -293,9 +307,9 @@ def explore(
         wave = [
             (search, each)
             for search in searches
-            for each in neighbours(case, search.task, search.ranked[0], search.results, LATER if i else FIRST)
+            for each in neighbours(case, every, search.task, search.ranked[0], search.results, LATER if i else FIRST)
         ]
-        made = compile_all(workers, [(case, search.task, each) for search, each in wave])
+        made = compile_all(workers, [(case, option, search.task, each) for search, each in wave])
         for j, ((search, each), (_, result)) in enumerate(zip(wave, made, strict=True)):
             search.add(each, result)
             if j + 1 == len(wave) or wave[j + 1][0] is not search:
@@ -304,6 +318,7 @@ def explore(
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Only cases with one of these in the name.")] = None,
+    option: Annotated[str, typer.Option(help="Of windows, as benchmarks.options calls it.")] = PLAIN.name,
     task: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(TASKS)}.")] = None,
     rounds: Annotated[int, typer.Option(help="Of neighbours of the best plan so far.")] = 2,
     processes: Annotated[int, typer.Option(help="That compile.")] = 14,
@@ -311,25 +326,28 @@ def main(
     budget: Annotated[float, typer.Option(help="Seconds of repetition for each candidate.")] = 0.03,
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
 ) -> None:
-    """Search launch plans for cases of the group "design"."""
+    """Search launch plans for cases of the group "design", or for the problems of an option."""
     tasks = [each for each in TASKS if not task or each in task]
     if unknown := set(task or ()) - set(TASKS):
         raise typer.BadParameter(f"task must be one of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
-    cases = [case for case in GROUPS["design"] if not only or any(text in case.name for text in only)]
+    if option not in SEARCHED:
+        raise typer.BadParameter(f"option must be one of {', '.join(SEARCHED)}, got {option}")
+    every = GROUPS["design"] if option == PLAIN.name else PROBLEMS
+    cases = [case for case in every if not only or any(text in case.name for text in only)]
     console, began, rows = Console(width=None if Console().is_terminal else 170), time.perf_counter(), {}
     device, workers = torch.device("cuda"), Workers(processes)
     where = environment(device)
     console.print(f"{where['gpu']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}")
 
-    jobs = [(case, each, None) for case in cases for each in dict.fromkeys((*tasks, "forward", "delta"))]
+    jobs = [(case, option, each, None) for case in cases for each in dict.fromkeys((*tasks, "forward", "delta"))]
     started = dict(zip(jobs, compile_all(workers, jobs), strict=True))
     console.print(f"compiled the table's plans: {time.perf_counter() - began:.0f} s", style="dim")
     for case in cases:
-        starts = {each: started[case, each, None] for each in tasks}
+        starts = {each: started[case, option, each, None] for each in tasks}
         if errors := [made.error for _, made in starts.values() if made.error]:
             console.print(f"{case.name}: the table's plan failed: {errors[0]}", style="bold red")
             continue
-        for searches in explore(case, device, starts, workers, rounds, hot, budget):
+        for searches in explore(case, option, device, starts, workers, rounds, hot, budget):
             rows[case] = [row | where for search in searches for row in search.rows()]
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

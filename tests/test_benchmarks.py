@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from benchmarks import run
+from benchmarks import options, run
 from benchmarks.baselines import unfold_attention, unfold_similarity, unfold_weighting
 from benchmarks.cases import CPU_GOALS, GROUPS, PROTOTYPE, Case, extension_ms, sketch_ms
 from benchmarks.measure import MIB, Measurement, measure
@@ -282,15 +282,17 @@ def test_neighbours_begin_with_one_respect_and_leave_out_what_cannot_be(plans):
     case = next(case for case in GROUPS["design"] if case.layout == "nchw" and case.dtype == "bf16")
     best = plans.Plan((8, 8), 32, 4, 3)
     tried = [best, replace(best, stages=2)]
-    found = plans.neighbours(case, "forward", best, tried, plans.FIRST)
+    found = plans.neighbours(case, 1, "forward", best, tried, plans.FIRST)
     assert len(set(found)) == len(found) <= plans.FIRST
     assert not set(found) & set(tried)
     assert all(each.tile[1] >= 8 for each in found)
+    apart = plans.neighbours(case, 2, "forward", best, (), plans.FIRST)
+    assert min(each.tile[1] for each in apart) == 4
     differences = [sum(getattr(each, name) != getattr(best, name) for name in plans.CHOICES) for each in found]
     assert differences == sorted(differences, key=lambda count: count > 1)
     assert {1, 2, 3} == set(differences)
     assert plans.Plan((4, 8), 32, 1, 3) not in plans.neighbours(
-        replace(case, depth=256), "grad_key_value", best, (), 10**6
+        replace(case, depth=256), 1, "grad_key_value", best, (), 10**6
     )
 
 
@@ -304,7 +306,7 @@ def test_a_process_that_dies_costs_its_own_job_only(plans):
 def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(plans, monkeypatch):
     class Fake:
         def __init__(self, *_, **__):
-            pass
+            self.rules = plans.Rules(plans.check.window(3, **plans.GEOMETRY))
 
         def run(self, task):
             return (torch.full((3,), 1.0 if taken[-1].stages < 4 else math.nan),)
@@ -322,14 +324,14 @@ def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(pl
         yield taken
 
     def compiled(workers, jobs):
-        return [(each, plans.Result(spills=int(each.block == 16), registers=99)) for _, _, each in jobs]
+        return [(each, plans.Result(spills=int(each.block == 16), registers=99)) for *_, each in jobs]
 
     start = plans.Plan((8, 8), 128, 8, 1)
     taken = [start]
     for name, fake in (("Problem", Fake), ("measure", timed), ("planned", planned), ("compile_all", compiled)):
         monkeypatch.setattr(plans, name, fake)
     starts = {"forward": (start, plans.Result())}
-    *_, (search,) = plans.explore(GROUPS["design"][0], torch.device("cpu"), starts, None, 4, False, 0.1)
+    *_, (search,) = plans.explore(GROUPS["design"][0], "plain", torch.device("cpu"), starts, None, 4, False, 0.1)
     best = search.ranked[0]
     assert (best.block, best.warps, best.stages) == (32, 2, 3)
     rows = list(search.rows())
@@ -337,3 +339,20 @@ def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(pl
     assert {row["error"] for row in rows if row["stages"] == 4} == {"wrong result"}
     json.dumps(rows)
     assert "current" in list(search.table().columns[-1].cells)
+
+
+def test_a_search_keeps_to_the_option(plans, monkeypatch):
+    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
+    case = replace(options.PROBLEMS[0], batch=1, height=8, width=8)
+    plain, key_mask, dilation = (
+        plans.Problem(case, name, torch.device("cpu"), exact=False).rules
+        for name in ("plain", "key_mask", "dilation 2")
+    )
+    assert (plain.window.dilation, plain.key_mask) == ((1, 1), None)
+    assert key_mask.key_mask.shape == (1, 8, 8)
+    assert dilation.window.dilation == (2, 2)
+    app = typer.Typer(add_completion=False)
+    app.command()(plans.main)
+    answer = CliRunner().invoke(app, ["--option", "finer queries"])
+    assert answer.exit_code == 2
+    assert "border shift" in answer.output

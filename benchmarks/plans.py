@@ -43,12 +43,15 @@ CHOICES = {
     "keep_by_pointer": (False, True),
     "stream_by_pointer": (False, True),
     "hoist": (False, True),
+    "max_registers": (None, 64, 72, 80, 96, 112, 128, 144, 168, 200),
 }
+SHAPE = {"tile", "warps", "block"}  # what a candidate may differ in at once
 GEOMETRY = {"border": "zeros", "dilation": 1, "causal": False}  # of a window, what it is unless an option says so
 # Options that neither join two grids or numbers of heads, nor change what the three tasks do.
 SEARCHED = [each.name for each in BY_NAME.values() if not (each.instead or each.grouped or each.trained)]
 FIRST, LATER = 64, 32  # candidates of the first and of a later round
 COMPILE_S = 120  # after which a process that compiles is killed
+LEAST = 0.7  # of the registers that the compiler takes by itself: with fewer it spills
 TOLERANCE = 2e-2  # of the greatest result, against the table's plan
 REGISTERS = 255
 
@@ -218,24 +221,27 @@ def possible(case: Case, every: int, task: str, candidate: Plan) -> bool:
     return pixels * (sums + candidate.block) <= REGISTERS * 32 * candidate.warps
 
 
-def neighbours(case: Case, every: int, task: str, best: Plan, tried: Iterable[Plan], limit: int) -> list[Plan]:
+def neighbours(
+    case: Case, every: int, task: str, best: Plan, tried: Iterable[Plan], limit: int, respects: Iterable[str] = CHOICES
+) -> list[Plan]:
     """Plans that differ from the best in one respect, then in tile, warps and perhaps block, the most alike first."""
-    found = [replace(best, **{name: choice}) for name, choices in CHOICES.items() for choice in choices]
+    found = [replace(best, **{name: choice}) for name in respects for choice in CHOICES[name]]
 
     def unlike(each: Plan) -> float:
         loads = (math.prod(x.tile) / x.warps for x in (each, best))
         return abs(math.log2(next(loads) / next(loads))) + abs(math.log2(each.block / best.block))
 
-    found += sorted(
-        (
-            replace(best, tile=tile, warps=warps, block=block)
-            for tile in CHOICES["tile"]
-            for warps in CHOICES["warps"]
-            for block in CHOICES["block"]
-            if tile != best.tile and warps != best.warps
-        ),
-        key=unlike,
-    )
+    if SHAPE.issubset(respects):
+        found += sorted(
+            (
+                replace(best, tile=tile, warps=warps, block=block)
+                for tile in CHOICES["tile"]
+                for warps in CHOICES["warps"]
+                for block in CHOICES["block"]
+                if tile != best.tile and warps != best.warps
+            ),
+            key=unlike,
+        )
     untried = dict.fromkeys(each for each in found if each not in tried and possible(case, every, task, each))
     return list(untried)[:limit]
 
@@ -248,6 +254,14 @@ class Search:
         self.hot, self.budget_s = hot, budget_s
         self.exact = [x.clone() for x in problem.run(task)]
         self.results: dict[Plan, Result] = {}
+
+    def candidates(self, limit: int, respects: Iterable[str]) -> list[Plan]:
+        """Plans to try next: neighbours of the best so far, without limits of registers that change nothing."""
+        best = self.ranked[0]
+        taken, every = self.results[best].registers, self.problem.rules.window.dilation[1]
+        found = neighbours(self.case, every, self.task, best, self.results, limit, respects)
+        limits = (None, best.max_registers)
+        return [each for each in found if each.max_registers in limits or LEAST * taken <= each.max_registers < taken]
 
     @property
     def ranked(self) -> list[Plan]:
@@ -295,20 +309,17 @@ def explore(
     rounds: int,
     hot: bool,
     budget_s: float,
+    respects: Iterable[str] = CHOICES,
 ) -> Iterator[list[Search]]:
     """Searches of the tasks whose first plan and its resources `starts` has; yields them whenever one has news."""
     problem = Problem(case, option, device, exact=True)
-    every = problem.rules.window.dilation[1]
     searches = [Search(case, option, problem, task, hot, budget_s) for task in starts]
     for search in searches:
         search.add(*starts[search.task])
     yield searches
     for i in range(rounds):
-        wave = [
-            (search, each)
-            for search in searches
-            for each in neighbours(case, every, search.task, search.ranked[0], search.results, LATER if i else FIRST)
-        ]
+        limit = LATER if i else FIRST
+        wave = [(search, each) for search in searches for each in search.candidates(limit, respects)]
         made = compile_all(workers, [(case, option, search.task, each) for search, each in wave])
         for j, ((search, each), (_, result)) in enumerate(zip(wave, made, strict=True)):
             search.add(each, result)
@@ -320,6 +331,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only cases with one of these in the name.")] = None,
     option: Annotated[str, typer.Option(help="Of windows, as benchmarks.options calls it.")] = PLAIN.name,
     task: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(TASKS)}.")] = None,
+    respect: Annotated[
+        list[str] | None, typer.Option(help=f"Only plans that differ in these of {', '.join(CHOICES)}.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Of neighbours of the best plan so far.")] = 2,
     processes: Annotated[int, typer.Option(help="That compile.")] = 14,
     hot: Annotated[bool, typer.Option("--hot/--cold", help="State of the L2 cache.")] = False,
@@ -330,6 +344,8 @@ def main(
     tasks = [each for each in TASKS if not task or each in task]
     if unknown := set(task or ()) - set(TASKS):
         raise typer.BadParameter(f"task must be one of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(respect or ()) - set(CHOICES):
+        raise typer.BadParameter(f"respect must be one of {', '.join(CHOICES)}, got {', '.join(sorted(unknown))}")
     if option not in SEARCHED:
         raise typer.BadParameter(f"option must be one of {', '.join(SEARCHED)}, got {option}")
     every = GROUPS["design"] if option == PLAIN.name else PROBLEMS
@@ -347,7 +363,7 @@ def main(
         if errors := [made.error for _, made in starts.values() if made.error]:
             console.print(f"{case.name}: the table's plan failed: {errors[0]}", style="bold red")
             continue
-        for searches in explore(case, option, device, starts, workers, rounds, hot, budget):
+        for searches in explore(case, option, device, starts, workers, rounds, hot, budget, respect or CHOICES):
             rows[case] = [row | where for search in searches for row in search.rows()]
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -330,15 +330,19 @@ def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(pl
     taken = [start]
     for name, fake in (("Problem", Fake), ("measure", timed), ("planned", planned), ("compile_all", compiled)):
         monkeypatch.setattr(plans, name, fake)
-    starts = {"forward": (start, plans.Result())}
-    *_, (search,) = plans.explore(GROUPS["design"][0], "plain", torch.device("cpu"), starts, None, 4, False, 0.1)
+    starts, case = {"forward": (start, plans.Result(registers=99))}, GROUPS["design"][0]
+    *_, (search,) = plans.explore(case, "plain", torch.device("cpu"), starts, None, 4, False, 0.1)
     best = search.ranked[0]
     assert (best.block, best.warps, best.stages) == (32, 2, 3)
     rows = list(search.rows())
     assert [row["tile"] for row in rows if row["current"]] == [(8, 8)]
     assert {row["error"] for row in rows if row["stages"] == 4} == {"wrong result"}
+    assert {row["max_registers"] for row in rows} == {None, 72, 80, 96}  # of 99
     json.dumps(rows)
     assert "current" in list(search.table().columns[-1].cells)
+    *_, (search,) = plans.explore(case, "plain", torch.device("cpu"), starts, None, 1, False, 0.1, ["stages", "block"])
+    assert {(each.tile, each.warps, each.max_registers) for each in search.results} == {((8, 8), 8, None)}
+    assert len(search.results) > 2
 
 
 def test_a_search_keeps_to_the_option(plans, monkeypatch):

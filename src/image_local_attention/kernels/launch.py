@@ -62,7 +62,7 @@ class Problem:
         """Those of `plan.FACTS` that hold, as far as windows decide."""
         folds = any(span.folds for span in self.spans)
         slides = not folds and all(span.slides for span in self.spans)
-        held = {"plain": self.plain, "slides": slides, "folds": folds}
+        held = {"plain": self.plain, "unbiased": self.rules.bias is None, "slides": slides, "folds": folds}
         return frozenset(fact for fact, holds in held.items() if holds)
 
     def slides(self, transposed: bool) -> bool:
@@ -151,6 +151,7 @@ class Launch:
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
         self.transposed = transposed
+        self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
             "TW": tile_w,
@@ -207,6 +208,7 @@ class Launch:
                 WIDE=wide(addressed),
                 num_warps=self.plan.warps,
                 num_stages=self.plan.stages,
+                **self.limits,
             )
 
 

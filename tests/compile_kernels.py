@@ -105,24 +105,52 @@ def fused(task: str, x: torch.Tensor, lse: torch.Tensor, rules: Rules) -> None:
         kernels.attention_backward(x, None, x, x, x, x, lse, wanted, rules)
 
 
+class OtherPlan(Exception):
+    """A launch would take another row of the table."""
+
+
+def windows(heads: int, width: int) -> Iterator[Rules]:
+    """Rules that take different rows of a table, plain ones first."""
+    plain = Rules(Window((5, width)))
+    mask = torch.empty(1, SIDE, SIDE, dtype=torch.bool)
+    bias = torch.empty(heads, 5 * width), torch.empty(heads, 9, 2 * width - 1)
+    yield plain
+    yield Rules(Window((5, width), dilation=(2, 2)))
+    yield plain._replace(key_mask=mask)
+    yield plain._replace(bias=bias[0])
+    yield Rules(Window((5, width), ("shift", "shift")))
+    yield Rules(Window((5, width), ("shift", "shift")), bias=bias[1])
+    yield Rules(Window((5, width), ("reflect", "reflect")))
+    yield Rules(Window((5, width), ("reflect", "reflect"), (2, 2)), bias=bias[0])
+
+
 def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """One launch of each row of a task's table, at the widest window and depth of the row."""
+    """A launch of each row of a task, at the row's depth and greatest width, for the first window that takes it."""
+    choose = plan.choose
     for row_task, product, planes, row in plan.plans():
         if row_task == task:
             dtype = torch.bfloat16 if product == "half" else torch.float32
             width = min(row.width, WIDEST[row.depth])
             x, lse = maps(row.depth, dtype, planes)
-            rules = Rules(Window((5, width)), precision="tf32" if product == "tf32" else "ieee")
-            name = f"{task} {product} {'planes' if planes else 'rows'} depth={row.depth} width={width} {row.plan}"
+            precision = "tf32" if product == "tf32" else "ieee"
 
-            def launch(x=x, lse=lse, rules=rules, chosen=row.plan):
-                choose = plan.choose
-                plan.choose = lambda asked, *rest: chosen if asked == task else choose(asked, *rest)
+            def chosen(asked, *rest, row=row):
+                taken = choose(asked, *rest)
+                if asked == task and taken is not row.plan:
+                    raise OtherPlan
+                return taken
+
+            def launch(x=x, lse=lse, width=width, precision=precision, chosen=chosen):
+                plan.choose = chosen
                 try:
-                    fused(task, x, lse, rules)
+                    for rules in windows(x.shape[1], width):
+                        with contextlib.suppress(OtherPlan):
+                            return fused(task, x, lse, rules._replace(precision=precision))
+                    raise LookupError("no window takes this plan")
                 finally:
                     plan.choose = choose
 
+            name = f"{task} {product} {'planes' if planes else 'rows'} depth={row.depth} width={width} {row}"
             yield name, launch
 
 
@@ -188,7 +216,7 @@ def main() -> None:
     launches = every_plan(options.plans) if options.plans else every_option() if options.options else every_kernel()
     for case, launch in launches:
         for name, kernel in compiled(launch):
-            if not (options.plans and name == "delta_kernel"):
+            if not options.plans or name == f"{options.plans}_kernel":
                 print(json.dumps({"case": case, "kernel": name, **resources(kernel)}), flush=True)
 
 

@@ -17,6 +17,7 @@ class Plan:
 
     `keep_by_pointer`, `stream_by_pointer`: load the tile or the blocks by pointer even where a descriptor could.
     `hoist`: hold the visibility of a column of blocks in registers, in the gradients of key and value.
+    `max_registers`: the most that a thread takes, where the compiler's choice lets fewer programs share a processor.
     """
 
     tile: tuple[int, int]
@@ -26,6 +27,7 @@ class Plan:
     keep_by_pointer: bool = False
     stream_by_pointer: bool = False
     hoist: bool = True
+    max_registers: int | None = None
 
     def block_shape(self, kernel_width: int, step: int) -> tuple[int, int]:
         """(rows, columns) of a block: multiples of `step` columns that cover the tile's halo with the least excess."""
@@ -53,9 +55,9 @@ class Row(NamedTuple):
 
 
 # What launches may have that plans depend on: logits of one window that slides over the map and of nothing else, for
-# some plans leave no registers for other terms; copies through descriptors, where maps are not read pixel by pixel;
-# windows that slide, and do not fold; windows that fold.
-FACTS = frozenset({"plain", "copies", "slides", "folds"})
+# some plans leave no registers for other terms; no bias; copies through descriptors, where maps are not read pixel by
+# pixel; windows that slide, and do not fold; windows that fold.
+FACTS = frozenset({"plain", "unbiased", "copies", "slides", "folds"})
 PLAIN = FACTS - {"folds"}
 
 ANY = 1 << 30
@@ -70,11 +72,16 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
     "forward": {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True), "plain"),  # 512-4x16-k7, 2048-32-k7
-            Row(32, 13, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k7, bias 0.122, key_mask 0.136
+            Row(32, 13, Plan((4, 8), 32, 1, 3), "unbiased"),  # 512-4x16-k7, key_mask 0.123
+            # 512-4x16-k7, bias 0.115, bias by displacement 0.131
+            Row(16, 13, Plan((4, 8), 32, 1, 3, max_registers=96)),
+            Row(32, 13, Plan((4, 8), 32, 1, 3)),
             Row(32, ANY, Plan((4, 8), 64, 1, 3)),  # 512-4x16-k21 0.397
             Row(64, 9, Plan((4, 8), 32, 1, 3), "copies"),  # 8x128-8x64-k7 0.216, 64-2x64-k7 0.0128
-            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2, 0.248
-            Row(64, 13, Plan((16, 4), 64, 4, 3)),  # 8x128-8x64-k13 0.352
+            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2 0.248, (1, 3) 0.281
+            # 8x128-8x64-k13 0.352; 512-64-k13, key_mask 0.114
+            Row(64, 13, Plan((16, 4), 64, 4, 3, max_registers=128), "unbiased"),
+            Row(64, 13, Plan((16, 4), 64, 4, 3)),
             Row(64, ANY, Plan((8, 8), 64, 4, 3)),  # 512-64-k21 0.162
             Row(128, 13, Plan((16, 4), 32, 4, 3)),  # 8x128-8x128-k13
             Row(128, 40, Plan((8, 8), 64, 4, 3)),
@@ -114,14 +121,18 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.149
             # 512-64-k5-3x 0.281, 512-64-k11-3x 0.560, 128-64-k21-3x 0.122
             Row(64, ANY, Plan((4, 4), 16, 1), "copies"),
-            Row(64, ANY, Plan((4, 4), 16, 1, 3)),  # 256-64-k7-3x, dilation 2 0.175, border reflect 0.148
+            Row(64, ANY, Plan((4, 4), 16, 2, 1), "plain"),  # 256-64-k7-3x, dilation 2 0.156, (1, 3) 0.171
+            Row(64, 9, Plan((4, 4), 16, 1, 3, keep_by_pointer=True)),  # 256-64-k7-3x, border reflect 0.165
+            Row(64, ANY, Plan((4, 4), 16, 2, 3)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
     "grad_query": {
         ("half", False): (
             Row(32, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True), "plain"),  # 512-4x16-k7 0.117, 2048-32-k7 0.552
-            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376; 512-4x16-k7, bias by displacement 0.134
+            # 512-4x16-k7, key_mask 0.127, bias by displacement 0.133
+            Row(16, 13, Plan((4, 8), 32, 1, 3, max_registers=128)),
+            Row(32, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.376
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7 0.235
             Row(64, 13, Plan((16, 4), 64, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.371
             Row(64, ANY, Plan((8, 8), 64, 4, keep_by_pointer=True)),  # 512-64-k21 0.168
@@ -130,14 +141,16 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((2, 16), 32, 1, 3), "copies"),  # 512-4x16-k7 0.159, bias 0.175
+            # 512-4x16-k7 0.159, bias 0.175, key_mask 0.181, bias by displacement 0.196
+            Row(16, 13, Plan((2, 16), 32, 1, 3, max_registers=128), "copies"),
             Row(16, 13, Plan((8, 8), 32, 4, 3, keep_by_pointer=True), "folds"),  # 512-4x16-k7, border reflect 0.201
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479; 512-4x16-k7, dilation 2 0.199
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.435
             # 8x128-8x64-k7, dilation 2 0.634, border reflect 0.615
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),
-            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k13
+            Row(64, 13, Plan((8, 16), 32, 8, 3)),  # 512-64-k13, dilation 2 0.250, (1, 3) 0.266
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
             Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 1.16
             Row(128, ANY, Plan((8, 16), 32, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81
@@ -155,13 +168,17 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", False): (
             Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.169
             Row(64, 16, Plan((4, 4), 32, 2, keep_by_pointer=True), "plain"),  # 512-64-k5-3x 0.184, 512-64-k11-3x 0.498
-            # 128-64-k21-3x 0.094; 256-64-k7-3x, bias 0.103, key_mask 0.116, dilation (1, 3) 0.127
+            # 128-64-k21-3x 0.082
+            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True, max_registers=200), "plain"),
+            # 256-64-k7-3x, bias 0.103, key_mask 0.107
             Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.188
-            Row(64, ANY, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.367, 512-64-k11-3x 0.724, 128-64-k21-3x 0.158
+            # 512-64-k5-3x 0.363, 512-64-k11-3x 0.714, 128-64-k21-3x 0.124
+            Row(64, ANY, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),
+            Row(64, ANY, Plan((4, 4), 16, 2)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
@@ -174,8 +191,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             # 8x128-8x64-k7 0.419, border shift 0.419, bias by displacement 0.493, border reflect 0.536
             Row(64, 9, Plan((4, 8), 16, 1, 3, True, True)),
             Row(64, 13, Plan((16, 4), 32, 4, 3, keep_by_pointer=True), "copies slides"),  # 8x128-8x64-k13 0.678
-            # 512-64-k13, border reflect 0.277
-            Row(64, 13, Plan((8, 4), 16, 1, 3, stream_by_pointer=True, hoist=False), "folds"),
+            # 512-64-k13, border reflect 0.281
+            Row(64, 13, Plan((8, 4), 16, 2, 3, stream_by_pointer=True, hoist=False), "folds"),
             # 512-64-k13, border shift 0.210, bias by displacement 0.225
             Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies"),
             # 512-64-k13, dilation (1, 3) 0.223
@@ -188,18 +205,20 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((4, 8), 16, 8, keep_by_pointer=True)),
         ),
         ("half", True): (
-            Row(16, 13, Plan((2, 16), 32, 1, 3), "plain"),  # 512-4x16-k7 0.225
-            # 512-4x16-k7, bias by displacement 0.280, key_mask 0.252, border reflect 0.369
-            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
+            Row(16, 13, Plan((2, 16), 32, 1, 3), "plain copies"),  # 512-4x16-k7 0.225
+            Row(16, 13, Plan((4, 8), 32, 1, max_registers=168), "plain"),  # 512-4x16-k7, dilation 2 0.278, (1, 3) 0.303
+            # 512-4x16-k7, bias 0.238, key_mask 0.231
+            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True, max_registers=128), "slides"),
+            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, bias by displacement 0.277
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
             Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
             # 8x128-8x64-k7 0.680, bias 0.772, 8x128-8x64-k13
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies slides"),
-            # 8x128-8x64-k7, border shift 0.868, bias by displacement 0.951
-            Row(64, 13, Plan((8, 8), 32, 4, 3, hoist=False), "copies"),
-            Row(64, 9, Plan((8, 8), 16, 4, 3)),  # 8x128-8x64-k7, dilation 2, 1.07
-            Row(64, 13, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 512-64-k13, dilation 2, 0.523
+            # 8x128-8x64-k7, bias by displacement 0.905, 512-64-k13 0.350
+            Row(64, 13, Plan((8, 8), 32, 4, 2, hoist=False), "copies"),
+            Row(64, 9, Plan((8, 8), 16, 4, 1)),  # 8x128-8x64-k7, dilation 2 0.977, (1, 3) 1.15
+            Row(64, 13, Plan((4, 16), 32, 4, 1)),  # 512-64-k13, dilation 2 0.416, (1, 3) 0.424
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
             Row(128, 40, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x128-k13 1.94
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
@@ -224,8 +243,10 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", True): (
             Row(16, ANY, Plan((4, 4), 32, 1, 3, hoist=False)),  # 512-16-k11-3x 0.272
             Row(32, ANY, Plan((4, 4), 16, 1)),
-            Row(64, 11, Plan((4, 4), 32, 2, 3, keep_by_pointer=True, hoist=False)),
-            Row(64, ANY, Plan((4, 4), 16, 2)),  # 128-64-k21-3x 0.176
+            # 512-64-k5-3x 0.468, 512-64-k11-3x 0.893; 256-64-k7-3x, key_mask 0.188, border shift 0.184
+            Row(64, 11, Plan((4, 4), 32, 2, keep_by_pointer=True), "copies"),
+            Row(64, ANY, Plan((4, 4), 16, 2), "copies"),  # 128-64-k21-3x 0.176
+            Row(64, ANY, Plan((4, 4), 16, 2, 1)),  # 256-64-k7-3x, dilation 2 0.255, (1, 3) 0.279
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },

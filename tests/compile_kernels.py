@@ -124,13 +124,21 @@ def windows(heads: int, width: int) -> Iterator[Rules]:
     yield Rules(Window((5, width), ("reflect", "reflect"), (2, 2)), bias=bias[0])
 
 
+def widths(row: plan.Row) -> list[int]:
+    """Windows to compile a row for: a limit of registers may do for its widest and spill for others."""
+    widest = min(row.width, WIDEST[row.depth])
+    return [widest, *(width for width in (5, 7, 13) if row.plan.max_registers and width < widest)]
+
+
 def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A launch of each row of a task, at the row's depth and greatest width, for the first window that takes it."""
+    """Launches of each row of a task, at the row's depth and widths, for the first window that takes it there.
+
+    At its widest one must.
+    """
     choose = plan.choose
     for row_task, product, planes, row in plan.plans():
-        if row_task == task:
+        for width in widths(row) if row_task == task else ():
             dtype = torch.bfloat16 if product == "half" else torch.float32
-            width = min(row.width, WIDEST[row.depth])
             x, lse = maps(row.depth, dtype, planes)
             precision = "tf32" if product == "tf32" else "ieee"
 
@@ -140,13 +148,14 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     raise OtherPlan
                 return taken
 
-            def launch(x=x, lse=lse, width=width, precision=precision, chosen=chosen):
+            def launch(x=x, lse=lse, width=width, precision=precision, chosen=chosen, row=row):
                 plan.choose = chosen
                 try:
                     for rules in windows(x.shape[1], width):
                         with contextlib.suppress(OtherPlan):
                             return fused(task, x, lse, rules._replace(precision=precision))
-                    raise LookupError("no window takes this plan")
+                    if width == widths(row)[0]:
+                        raise LookupError("no window takes this plan")
                 finally:
                     plan.choose = choose
 

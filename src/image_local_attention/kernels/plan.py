@@ -176,7 +176,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.188
-            # 512-64-k5-3x 0.363, 512-64-k11-3x 0.714, 128-64-k21-3x 0.124
+            Row(64, 9, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.363
+            # 512-64-k11-3x 0.714, 128-64-k21-3x 0.124
             Row(64, ANY, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),
             Row(64, ANY, Plan((4, 4), 16, 2)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
@@ -207,9 +208,8 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3), "plain copies"),  # 512-4x16-k7 0.225
             Row(16, 13, Plan((4, 8), 32, 1, max_registers=168), "plain"),  # 512-4x16-k7, dilation 2 0.278, (1, 3) 0.303
-            # 512-4x16-k7, bias 0.238, key_mask 0.231
-            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True, max_registers=128), "slides"),
-            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),  # 512-4x16-k7, bias by displacement 0.277
+            # 512-4x16-k7, bias 0.260, bias by displacement 0.277, key_mask 0.240
+            Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
             Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),

@@ -215,8 +215,9 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
             # 8x128-8x64-k7 0.680, bias 0.772, 8x128-8x64-k13
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies slides"),
-            # 8x128-8x64-k7, bias by displacement 0.905, 512-64-k13 0.350
-            Row(64, 13, Plan((8, 8), 32, 4, 2, hoist=False), "copies"),
+            Row(64, 9, Plan((8, 8), 32, 4, hoist=False), "copies"),  # 8x128-8x64-k7, bias by displacement 0.905
+            # 512-64-k13, bias by displacement 0.311
+            Row(64, 13, Plan((4, 16), 32, 4, keep_by_pointer=True, hoist=False), "copies"),
             Row(64, 9, Plan((8, 8), 16, 4, 1)),  # 8x128-8x64-k7, dilation 2 0.977, (1, 3) 1.15
             Row(64, 13, Plan((4, 16), 32, 4, 1)),  # 512-64-k13, dilation 2 0.416, (1, 3) 0.424
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425

@@ -159,7 +159,7 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 finally:
                     plan.choose = choose
 
-            name = f"{task} {product} {'planes' if planes else 'rows'} depth={row.depth} width={width} {row}"
+            name = f"{task} {product} {'planes' if planes else 'rows'} {row}, width {width}"
             yield name, launch
 
 

@@ -233,6 +233,19 @@ def test_tiny_logits_under_zeros_lose_to_the_border(target, border):
     assert lse[..., ~rim].max() < -9e3
 
 
+@pytest.mark.parametrize("border", ["zeros", "shift", "reflect"])
+def test_the_weight_of_a_key_alone_does_not_move(target, dtype, border):
+    """It is 1 whatever the logit: the kernels have no gradient of query and key, to the bit."""
+    if target.backend != "triton":
+        pytest.skip("is as exact as plain code")
+    q, k, v = (x.requires_grad_() for x in three_maps(target.device, dtype))
+    out = local_attention(q, k, v, 1, heads=2, border=border, backend=target.backend)
+    of_query, of_key, of_value = torch.autograd.grad(out, (q, k, v), v.detach())
+    assert not of_query.any()
+    assert not of_key.any()
+    torch.testing.assert_close(of_value, v.detach())
+
+
 @pytest.fixture(params=[False, True], ids=["", "deterministic"])
 def deterministic(request):
     """Whether torch is to refuse what may differ from run to run, and to fill fresh memory."""

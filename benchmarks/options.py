@@ -92,6 +92,9 @@ class Option:
     keys: int = 1
     instead: Callable[[Case, Tensor, Tensor, Tensor], Tensor] | None = None
 
+    def arguments_for(self, case: Case) -> dict:
+        return dict(self.arguments(case) if callable(self.arguments) else self.arguments)
+
     def suits(self, case: Case) -> bool:
         return case.heads > 1 or not self.grouped
 
@@ -149,7 +152,7 @@ def jobs_of(only: str = "") -> list[Job]:
 
 def calls(case: Case, option: Option) -> Iterator[Call]:
     """The option's call, and what it is compared with where that is not the plain window."""
-    arguments = dict(option.arguments(case) if callable(option.arguments) else option.arguments)
+    arguments = option.arguments_for(case)
     query, _, _, grad_out = _shrunk(case, option.queries).maps(DEVICE)
     at_keys = replace(_shrunk(case, option.keys), heads=arguments.get("kv_heads", case.heads))
     _, key, value, _ = at_keys.maps(DEVICE)

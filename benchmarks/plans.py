@@ -79,8 +79,7 @@ class Problem:
     def __init__(self, case: Case, option: str, device: torch.device, exact: bool) -> None:
         self.maps = [split_heads(x, case.heads) for x in case.maps(device)]
         self.grads = [empty_heads(x, x.shape[4]) for x in self.maps[:3]]
-        chosen = BY_NAME[option].arguments
-        asked = {"border": case.border} | (chosen(case) if callable(chosen) else chosen)
+        asked = {"border": case.border} | BY_NAME[option].arguments_for(case)
         window = check.window(case.kernel, *(asked.get(name, usual) for name, usual in GEOMETRY.items()))
         self.rules = Rules(window, 1.0, asked.get("bias"), asked.get("key_mask"), case.precision)
         if exact:

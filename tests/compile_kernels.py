@@ -110,12 +110,17 @@ class OtherPlan(Exception):
 
 
 def windows(heads: int, width: int) -> Iterator[Rules]:
-    """Rules that take different rows of a table, plain ones first."""
-    plain = Rules(Window((5, width)))
+    """Rules that take different rows of a table, plain ones first; of which the widest see `width` columns.
+
+    `undivided` makes of dilation 2 a window of that many columns where columns lie side by side.
+    """
+    plain, with_gaps = Rules(Window((5, width))), (5, (width + 1) // 2)
     mask = torch.empty(1, SIDE, SIDE, dtype=torch.bool)
     bias = torch.empty(heads, 5 * width), torch.empty(heads, 9, 2 * width - 1)
     yield plain
-    yield Rules(Window((5, width), dilation=(2, 2)))
+    yield Rules(Window(with_gaps, dilation=(2, 2)))
+    yield Rules(Window(with_gaps, dilation=(1, 2)))
+    yield Rules(Window((5, width), dilation=(2, 16)))
     yield plain._replace(key_mask=mask)
     yield plain._replace(bias=bias[0])
     yield Rules(Window((5, width), ("shift", "shift")))
@@ -127,7 +132,7 @@ def windows(heads: int, width: int) -> Iterator[Rules]:
 def widths(row: plan.Row) -> list[int]:
     """Windows to compile a row for: a limit of registers may do for its widest and spill for others."""
     widest = min(row.width, WIDEST[row.depth])
-    return [widest, *(width for width in (5, 7, 13) if row.plan.max_registers and width < widest)]
+    return [widest, *(width for width in (5, 7, 13, 15, 19) if row.plan.max_registers and width < widest)]
 
 
 def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -155,7 +160,7 @@ def every_plan(task: str) -> Iterator[tuple[str, Callable[[], object]]]:
                         with contextlib.suppress(OtherPlan):
                             return fused(task, x, lse, rules._replace(precision=precision))
                     if width == widths(row)[0]:
-                        raise LookupError("no window takes this plan")
+                        raise LookupError(f"no window takes {row}")
                 finally:
                     plan.choose = choose
 

@@ -83,9 +83,18 @@ def test_every_window_has_a_plan_that_has_what_it_wants(missing):
     for task, product, planes, row in plan.plans():
         assert plan.FACTS.issuperset(row.wants.split())
         for width in (1, row.width):
-            chosen = plan.choose(task, product, row.depth, (5, width), planes, facts)
+            chosen = plan.choose(task, product, row.depth, width, planes, facts)
             table = plan._TABLE[task][product, planes]
             assert any(each.plan == chosen and facts.issuperset(each.wants.split()) for each in table)
+
+
+def test_rows_are_read_whole_where_few_columns_lie_between_those_of_a_window():
+    assert plan.undivided("forward", "half", 64, 7, 4)
+    assert not plan.undivided("forward", "half", 64, 31, 4)
+    assert not plan.undivided("forward", "half", 64, 7, 9)
+    assert plan.undivided("grad_query", "half", 16, 7, 2) and not plan.undivided("grad_query", "half", 16, 7, 3)
+    assert plan.undivided("forward", "three-pass", 64, 7, 3) and not plan.undivided("forward", "tf32", 64, 7, 4)
+    assert not plan.undivided("unfused", "half", 64, 7, 2)
 
 
 def distinct_shapes() -> list[plan.Plan]:

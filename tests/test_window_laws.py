@@ -1,5 +1,6 @@
 """Laws of what windows may be beyond the plain ones, each against another call or another definition."""
 
+import importlib
 import itertools
 
 import pytest
@@ -281,3 +282,49 @@ def test_zeros_around_the_map_are_never_masked(target):
     count = rows[:, None] + columns - rows[:, None] * columns / 9  # a corner is in a row and in a column
     assert not out.any()
     torch.testing.assert_close(lse, count.log().expand_as(lse))
+
+
+DILATED = (
+    {"dilation": 2},
+    {"dilation": (1, 3), "border": "mask", "causal": (False, True)},
+    {"dilation": (2, 3), "border": ("zeros", "shift"), "key_mask": True},
+    {"dilation": (1, 2), "border": "mask", "causal": "raster"},
+    {"dilation": (1, 2), "bias": True},
+)
+
+
+@pytest.mark.parametrize("target", [t.param() for t in TARGETS if t.backend == "triton"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("options", DILATED, ids=str)
+def test_rows_read_whole_and_taken_apart_give_the_same(target, whole, options, monkeypatch):
+    """Where columns lie side by side; with a bias, and where channels do, rows are taken apart in any case."""
+    launch = importlib.import_module("image_local_attention.kernels.launch")
+    lattices, begin = set(), launch.Launch.__init__
+
+    def watched(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        lattices.add(self.spans[1].lattice)
+
+    monkeypatch.setattr(launch.Launch, "__init__", watched)
+    monkeypatch.setattr(launch.plan, "undivided", lambda *_: whole)
+    *maps, upstream = (normal(1, 3, 7, 16, seed=seed, device=target.device) for seed in range(4))
+    asked = dict(options)
+    if "bias" in options:
+        asked["bias"] = normal(1, 15, device=target.device)
+    if "key_mask" in options:
+        asked["key_mask"] = normal(1, 7, 16, device=target.device) > -1
+
+    def results(dtype, backend, memory_format):
+        leaves = [x.to(dtype, memory_format=memory_format, copy=True).requires_grad_() for x in maps]
+        given = asked | {"bias": asked["bias"].to(dtype)} if "bias" in asked else asked
+        out = local_attention(*leaves, (3, 5), backend=backend, **given)
+        return out, *torch.autograd.grad(out, leaves, upstream.to(dtype, memory_format=memory_format))
+
+    exact = results(torch.float64, "reference", torch.contiguous_format)
+    step = asked["dilation"] if isinstance(asked["dilation"], int) else asked["dilation"][1]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        lattices.clear()
+        for got, want in zip(results(torch.float32, "triton", memory_format), exact, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+        apart = memory_format == torch.channels_last or "bias" in options or not whole
+        assert lattices == {step if apart else 1}

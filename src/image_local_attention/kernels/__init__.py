@@ -87,7 +87,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, rules: Rules)
         return delta if grad_lse is None else delta.sub_(grad_lse)
     delta = out.new_empty(out.shape[:4], dtype=torch.float32)
     depth, gpu, axis = out.shape[4], gpus.of(out.device), Span(1, 0, 1)
-    chosen = plan.INTERPRETED if gpu.interpreted else plan.choose("delta", "half", depth, (1, 1), False)
+    chosen = plan.INTERPRETED if gpu.interpreted else plan.choose("delta", "half", depth, 1, False)
     grid = tile_grid(out.shape[:4], chosen.tile, 0, (axis, axis))
     floats = [None if x is None else x[..., None] for x in (grad_lse, delta)]
     with torch.cuda.device_of(out):

@@ -330,6 +330,9 @@ def grad_key_value_kernel(
                         b_g = load_block(g_src, g_s, i_b, i_q, q_y0, q_x0, H, W, ROWS, COLS, DV, DVP, G_WAY, WIDE)
                         # no query there: P is 0
                         b_lse = load_floats(lse_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, float("inf"), WIDE)
+                        o_delta = i_b, i_q, o_qy, o_qx, H, W, 0.0
+                        if grad_k_ptr is not None and not natural(PRODUCT):  # 3 % faster than below
+                            b_delta = load_floats(delta_ptr, lse_s, *o_delta, WIDE)
                         if bias_ptr is None and not natural(PRODUCT):
                             b_lse = b_lse * LOG2E
                         if mask_ptr is not None:
@@ -368,7 +371,8 @@ def grad_key_value_kernel(
                         if grad_v_ptr is not None:
                             b_grad_v = add_product(b_grad_v, b_p, b_g, PRODUCT)
                         if grad_k_ptr is not None:
-                            b_delta = load_floats(delta_ptr, lse_s, i_b, i_q, o_qy, o_qx, H, W, 0.0, WIDE)
+                            if natural(PRODUCT):  # three passes have no registers for it before
+                                b_delta = load_floats(delta_ptr, lse_s, *o_delta, WIDE)
                             b_dp = weight_gradient(b_v, b_g, PRODUCT, True, Y, X)
                             b_ds = b_p * (b_dp - b_delta[None, :])
                             b_grad_k = add_product(b_grad_k, b_ds, b_q, PRODUCT)

@@ -57,22 +57,26 @@ class Span:
 
 
 def spans(
-    window: Window, axes: tuple[Axis, Axis], until_query: bool = False, lattices: bool = True
+    window: Window,
+    axes: tuple[Axis, Axis],
+    until_query: bool = False,
+    lattices: tuple[bool, bool] = (True, True),
 ) -> tuple[Span, Span]:
     """The y and x span of a window's axes.
 
-    until_query: in raster order, leave rows after the query's out of reach. lattices: take maps apart where it serves.
+    until_query: in raster order, leave rows after the query's out of reach. lattices: which axes to take apart where
+    windows stay within a lattice.
     """
-    y, x = (_span(axis, lattices) for axis in axes)
+    y, x = map(_span, axes, lattices)
     if window.raster and until_query:
         y = replace(y, reach=y.lead + 1)
     return y, x
 
 
-def _span(axis: Axis, lattices: bool) -> Span:
+def _span(axis: Axis, apart: bool) -> Span:
     scaled = axis.query_count != axis.size
     dilation = axis.dilation if axis.kernel > 1 else 1
-    lattice = dilation if lattices and not scaled and axis.border not in FOLDING else 1
+    lattice = dilation if apart and not scaled and axis.border not in FOLDING else 1
     step = dilation // lattice
     lead = step * (axis.kernel - 1 if axis.causal else axis.kernel // 2)
     border = "mask" if axis.border == "shift" and not axis.shifts else axis.border

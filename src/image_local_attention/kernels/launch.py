@@ -2,6 +2,7 @@
 
 import functools
 import math
+from copy import copy
 from operator import mul
 
 import torch
@@ -13,7 +14,7 @@ from ..window import Axis, Window
 from . import gpu as gpus
 from . import plan
 from .geometry import Span, images, spans
-from .source import Source, column_step, layout, source
+from .source import Source, column_step, layout_of, source
 from .table import ceiling, table
 
 _MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
@@ -34,22 +35,30 @@ class Problem:
         keys: tuple[int, int],
         until_query: bool = False,
     ) -> None:
-        window = rules.window
-        self.rules, self.kv_heads = rules, kv_heads
-        self.axes, self.spans = _geometry(window, queries, keys, until_query)
+        self.rules, self.kv_heads, self.group = rules, kv_heads, heads // kv_heads
         self.sizes = (*queries, *keys)
-        self.constants = {
-            "Y": self.spans[0],
-            "X": self.spans[1],
-            "RASTER": window.raster,
-            "GROUP": heads // kv_heads,
-        }
+        self.until_query = until_query
+        self.axes = _axes(rules.window, queries, keys)
+        self.spans = _spans(rules.window, self.axes, until_query, (True, True))
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return self._named(self.spans) | {"RASTER": self.rules.window.raster, "GROUP": self.group}
+
+    def undivided(self) -> "Problem":
+        """The same, but rows of maps are not taken apart: what a window leaves out between its columns is masked."""
+        problem = copy(self)
+        problem.spans = _spans(self.rules.window, self.axes, self.until_query, (True, False))
+        return problem
 
     @property
     def map_spans(self) -> dict[str, Span]:
         """Constants of a kernel that does not take maps apart into lattices."""
-        names, window = ("Y", "X"), self.rules.window
-        return dict(zip(names, spans(window, self.axes, lattices=False), strict=True))
+        return self._named(_spans(self.rules.window, self.axes, False, (False, False)))
+
+    @staticmethod
+    def _named(spans: tuple[Span, Span]) -> dict[str, Span]:
+        return dict(zip(("Y", "X"), spans, strict=True))
 
     @property
     def plain(self) -> bool:
@@ -62,7 +71,13 @@ class Problem:
         """Those of `plan.FACTS` that hold, as far as windows decide."""
         folds = any(span.folds for span in self.spans)
         slides = not folds and all(span.slides for span in self.spans)
-        held = {"plain": self.plain, "unbiased": self.rules.bias is None, "slides": slides, "folds": folds}
+        held = {
+            "plain": self.plain,
+            "unbiased": self.rules.bias is None,
+            "slides": slides,
+            "folds": folds,
+            "gaps": self.spans[1].dilation > 1 and not folds,
+        }
         return frozenset(fact for fact, holds in held.items() if holds)
 
     def slides(self, transposed: bool) -> bool:
@@ -90,12 +105,13 @@ class Problem:
         return bias, mask
 
 
-@functools.lru_cache(maxsize=4096)  # every call of a model asks for the same few
-def _geometry(
-    window: Window, queries: tuple[int, int], keys: tuple[int, int], until_query: bool
-) -> tuple[tuple[Axis, Axis], tuple[Span, Span]]:
-    axes = window.axes(keys, queries)
-    return axes, spans(window, axes, until_query)
+# Every call of a model asks for the same few.
+_spans = functools.lru_cache(maxsize=4096)(spans)
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes(window: Window, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Axis, Axis]:
+    return window.axes(keys, queries)
 
 
 class Launch:
@@ -118,22 +134,26 @@ class Launch:
     ) -> None:
         maps = *kept, *streamed
         self.first, self.tiles = maps[0], tiles
-        self.spans = y, x = problem.spans
         gpu = gpus.of(self.first.device)
-        layouts = [layout(each) for each in maps]
+        layouts = [layout_of(each) for each in maps]
+        kept_layouts, streamed_layouts = layouts[: len(kept)], layouts[len(kept) :]
         product = gpu.product(maps[0].dtype, problem.rules.precision)
         depth = max(each.shape[4] for each in maps)
-        kernel = problem.rules.window.kernel
+        planes = "planes" in streamed_layouts
+        x = problem.spans[1]
+        # The entry of a bias lies at a fixed distance from its neighbours only where maps are taken apart.
+        if planes and problem.rules.bias is None and plan.undivided(task, product, depth, x.kernel, x.lattice):
+            problem = problem.undivided()
+        self.spans = y, x = problem.spans
         scattered = y.lattice * x.lattice > 1
         folded = not transposed and (y.folds or x.folds)
         side_by_side = x.lattice == 1 and not folded
-        planes = "planes" in layouts[len(kept) :]
         facts = problem.facts if scattered or folded else problem.facts | {"copies"}
-        chosen = task, product, depth, kernel, planes, facts
+        chosen = task, product, depth, x.reach, planes, facts
         self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
 
         by_pointer = self.plan.stream_by_pointer or scattered or folded
-        ways = [_way(gpu, each, by_pointer, side_by_side) for each in layouts[len(kept) :]]
+        ways = [_way(gpu, each, by_pointer, side_by_side) for each in streamed_layouts]
         tile_w, reach = self.plan.tile[1], x.reach
         step, vector = (
             max((column_step(each, way, wide) for each, way in zip(streamed, ways, strict=True)), default=1)
@@ -146,7 +166,8 @@ class Launch:
             self.pad = self.plan.free_columns(reach, -lead % vector, step)
             self.shift = -(lead + self.pad) % step
         keep_by_pointer = self.plan.keep_by_pointer or scattered
-        ways = [self._way_to_keep(each, gpu, keep_by_pointer, side_by_side) for each in kept] + ways
+        kept_ways = [_way(gpu, each, keep_by_pointer, side_by_side) for each in kept_layouts]
+        ways = [*map(self._way_to_keep, kept, kept_ways), *ways]
         block = self.plan.block_shape(reach + self.pad, step)
         shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
@@ -183,8 +204,8 @@ class Launch:
         by_displacement = problem.rules.by_displacement
         return (bias, mask), {"BY_DISPLACEMENT": by_displacement, "ROW": row, "WARPS": self.plan.warps}
 
-    def _way_to_keep(self, x: Tensor, gpu: gpus.Gpu, by_pointer: bool, side_by_side: bool) -> str:
-        way = _way(gpu, layout(x), by_pointer, side_by_side)
+    def _way_to_keep(self, x: Tensor, way: str) -> str:
+        """The way to read a tile of `x`: `way` where tiles begin and end on whole vectors of its columns."""
         step = column_step(x, way, 1)
         return way if self.plan.tile[1] % step == 0 and self.shift % step == 0 else "pointer"
 

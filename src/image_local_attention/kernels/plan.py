@@ -49,18 +49,20 @@ class Plan:
 
 class Row(NamedTuple):
     depth: int  # most channels per head
-    width: int  # widest window
+    width: int  # widest window, in columns from its first to its last
     plan: Plan
     wants: str = ""  # what of FACTS must hold, words
 
 
 # What launches may have that plans depend on: logits of one window that slides over the map and of nothing else, for
-# some plans leave no registers for other terms; no bias; copies through descriptors, where maps are not read pixel by
-# pixel; windows that slide, and do not fold; windows that fold.
-FACTS = frozenset({"plain", "unbiased", "copies", "slides", "folds"})
-PLAIN = FACTS - {"folds"}
+# some plans leave no registers for other terms; no bias; copies through descriptors; windows that
+# slide, and do not fold; windows that fold; windows with gaps, columns that they leave out between theirs.
+FACTS = frozenset({"plain", "unbiased", "copies", "slides", "folds", "gaps"})
+PLAIN = FACTS - {"folds", "gaps"}
 
 ANY = 1 << 30
+
+_COLUMNS = 16  # of a tile where columns lie side by side
 
 # By task, by how products are taken, by whether the streamed maps have their columns side by side. Rows are read
 # from the top, the first that is deep and wide enough and has what it wants is taken. A figure is milliseconds of that
@@ -91,11 +93,16 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("half", True): (
             Row(16, 13, Plan((8, 8), 32, 1, 3), "plain copies"),  # 512-4x16-k7
             Row(16, 13, Plan((8, 8), 32, 4, 3), "folds"),  # 512-4x16-k7, border reflect 0.192
-            # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation 2 0.190
+            Row(16, ANY, Plan((2, 16), 32, 1, 3), "gaps"),  # 512-4x16-k7, dilation 2 0.178
+            # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation (1, 3) 0.204
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.952
+            # 8x128-8x64-k7, dilation 2 0.412, (1, 3) 0.575
+            Row(64, 19, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
+            # 512-64-k13, dilation 2 0.214, (1, 3) 0.235
+            Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.386
-            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, dilation 2 0.589, border reflect 0.579
+            Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, border reflect 0.579
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k13 0.540
             Row(64, ANY, Plan((8, 8), 32, 4, 4, keep_by_pointer=True, stream_by_pointer=True)),  # 512-64-k21 0.254
             Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 0.964
@@ -119,9 +126,14 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.149
+            Row(64, 13, Plan((4, 4), 16, 1), "gaps"),  # 256-64-k7-3x, dilation 2 0.118
+            Row(
+                64, ANY, Plan((4, 8), 32, 2, keep_by_pointer=True), "gaps copies"
+            ),  # 256-64-k7-3x, dilation (1, 3) 0.133
+            Row(64, ANY, Plan((4, 8), 16, 2, keep_by_pointer=True), "gaps"),
             # 512-64-k5-3x 0.281, 512-64-k11-3x 0.560, 128-64-k21-3x 0.122
             Row(64, ANY, Plan((4, 4), 16, 1), "copies"),
-            Row(64, ANY, Plan((4, 4), 16, 2, 1), "plain"),  # 256-64-k7-3x, dilation 2 0.156, (1, 3) 0.171
+            Row(64, ANY, Plan((4, 4), 16, 2, 1), "plain"),  # 256-64-k7-3x, dilation 4 0.181
             Row(64, 9, Plan((4, 4), 16, 1, 3, keep_by_pointer=True)),  # 256-64-k7-3x, border reflect 0.165
             Row(64, ANY, Plan((4, 4), 16, 2, 3)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
@@ -141,16 +153,21 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(256, ANY, Plan((8, 8), 32, 8)),
         ),
         ("half", True): (
+            # 512-4x16-k7, dilation 2 0.183
+            Row(16, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
             # 512-4x16-k7 0.159, bias 0.175, key_mask 0.181, bias by displacement 0.196
             Row(16, 13, Plan((2, 16), 32, 1, 3, max_registers=128), "copies"),
             Row(16, 13, Plan((8, 8), 32, 4, 3, keep_by_pointer=True), "folds"),  # 512-4x16-k7, border reflect 0.201
-            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479; 512-4x16-k7, dilation 2 0.199
+            Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479; 512-4x16-k7, dilation (1, 3) 0.212
             Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
+            # 8x128-8x64-k7, dilation 2 0.427, (1, 3) 0.589
+            Row(64, 19, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
+            # 512-64-k13, dilation 2 0.207, (1, 3) 0.228
+            Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.435
-            # 8x128-8x64-k7, dilation 2 0.634, border reflect 0.615
-            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),
+            Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, border reflect 0.615
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k13
-            Row(64, 13, Plan((8, 16), 32, 8, 3)),  # 512-64-k13, dilation 2 0.250, (1, 3) 0.266
+            Row(64, 13, Plan((8, 16), 32, 8, 3)),  # 512-64-k13, dilation 4 0.274
             Row(64, ANY, Plan((8, 8), 32, 4, 3, stream_by_pointer=True)),  # 512-64-k21 0.265
             Row(128, 40, Plan((4, 16), 32, 4, 3, stream_by_pointer=True)),  # 8x128-8x128-k13 1.16
             Row(128, ANY, Plan((8, 16), 32, 8, 3, stream_by_pointer=True)),  # 256-24x128-k81
@@ -169,16 +186,22 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(32, ANY, Plan((4, 4), 16, 1)),  # 512-16-k11-3x 0.169
             Row(64, 16, Plan((4, 4), 32, 2, keep_by_pointer=True), "plain"),  # 512-64-k5-3x 0.184, 512-64-k11-3x 0.498
             # 128-64-k21-3x 0.082
-            Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True, max_registers=200), "plain"),
+            Row(64, 21, Plan((4, 4), 16, 1, keep_by_pointer=True, max_registers=200), "plain"),
             # 256-64-k7-3x, bias 0.103, key_mask 0.107
             Row(64, ANY, Plan((4, 4), 16, 1, keep_by_pointer=True)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
         ("exact", True): (
             Row(32, ANY, Plan((4, 4), 32, 1)),  # 512-16-k11-3x 0.188
+            Row(64, 13, Plan((4, 4), 32, 2, keep_by_pointer=True), "gaps"),  # 256-64-k7-3x, dilation 2 0.175
+            # 256-64-k7-3x, dilation (1, 3) 0.187
+            Row(64, ANY, Plan((4, 8), 32, 2, 3, keep_by_pointer=True), "gaps copies"),
+            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.363
-            # 512-64-k11-3x 0.714, 128-64-k21-3x 0.124
-            Row(64, ANY, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),
+            # 512-64-k11-3x 0.714; where blocks are wide, at 14 to 18 columns and past 21, the limit is too low
+            Row(64, 13, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),
+            Row(64, 18, Plan((4, 4), 16, 2)),
+            Row(64, 21, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),  # 128-64-k21-3x 0.124
             Row(64, ANY, Plan((4, 4), 16, 2)),
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
@@ -207,19 +230,29 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ),
         ("half", True): (
             Row(16, 13, Plan((2, 16), 32, 1, 3), "plain copies"),  # 512-4x16-k7 0.225
-            Row(16, 13, Plan((4, 8), 32, 1, max_registers=168), "plain"),  # 512-4x16-k7, dilation 2 0.278, (1, 3) 0.303
+            Row(16, ANY, Plan((2, 16), 32, 1, 3), "gaps"),  # 512-4x16-k7, dilation 2 0.290
+            Row(16, 9, Plan((4, 8), 32, 1, max_registers=168), "plain"),  # 512-4x16-k7, dilation (1, 3) 0.303
             # 512-4x16-k7, bias 0.260, bias by displacement 0.277, key_mask 0.240
             Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
             Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
+            # 8x128-8x64-k7, dilation 2 0.686
+            Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
+            # 8x128-8x64-k7, dilation (1, 3) 0.932
+            Row(64, 19, Plan((4, 16), 32, 4, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
+            Row(
+                64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps copies"
+            ),  # 512-64-k13, dilation (1, 3) 0.401
+            # 512-64-k13, dilation 2 0.326
+            Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, hoist=False), "gaps"),
             # 8x128-8x64-k7 0.680, bias 0.772, 8x128-8x64-k13
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies slides"),
             Row(64, 9, Plan((8, 8), 32, 4, hoist=False), "copies"),  # 8x128-8x64-k7, bias by displacement 0.905
             # 512-64-k13, bias by displacement 0.311
             Row(64, 13, Plan((4, 16), 32, 4, keep_by_pointer=True, hoist=False), "copies"),
-            Row(64, 9, Plan((8, 8), 16, 4, 1)),  # 8x128-8x64-k7, dilation 2 0.977, (1, 3) 1.15
-            Row(64, 13, Plan((4, 16), 32, 4, 1)),  # 512-64-k13, dilation 2 0.416, (1, 3) 0.424
+            Row(64, 9, Plan((8, 8), 16, 4, 1)),  # 8x128-8x64-k7, dilation 4 1.06
+            Row(64, 13, Plan((4, 16), 32, 4, 1)),  # 512-64-k13, dilation 4 0.430
             Row(64, ANY, Plan((8, 8), 32, 4, 3)),  # 512-64-k21 0.425
             Row(128, 40, Plan((4, 16), 32, 4, 4, keep_by_pointer=True)),  # 8x128-8x128-k13 1.94
             Row(128, ANY, Plan((8, 16), 32, 8, 3, keep_by_pointer=True)),
@@ -244,10 +277,13 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
         ("exact", True): (
             Row(16, ANY, Plan((4, 4), 32, 1, 3, hoist=False)),  # 512-16-k11-3x 0.272
             Row(32, ANY, Plan((4, 4), 16, 1)),
+            Row(64, 13, Plan((4, 4), 32, 2, keep_by_pointer=True), "gaps"),  # 256-64-k7-3x, dilation 2 0.223
+            # 256-64-k7-3x, dilation (1, 3) 0.293
+            Row(64, ANY, Plan((4, 8), 32, 4, keep_by_pointer=True, hoist=False), "gaps"),
             # 512-64-k5-3x 0.468, 512-64-k11-3x 0.893; 256-64-k7-3x, key_mask 0.188, border shift 0.184
             Row(64, 11, Plan((4, 4), 32, 2, keep_by_pointer=True), "copies"),
-            Row(64, ANY, Plan((4, 4), 16, 2), "copies"),  # 128-64-k21-3x 0.176
-            Row(64, ANY, Plan((4, 4), 16, 2, 1)),  # 256-64-k7-3x, dilation 2 0.255, (1, 3) 0.279
+            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True), "copies"),  # 128-64-k21-3x 0.176
+            Row(64, ANY, Plan((4, 4), 16, 2, 1)),  # 256-64-k7-3x, dilation 4 0.285
             Row(128, ANY, Plan((4, 4), 16, 4, keep_by_pointer=True)),
         ),
     },
@@ -271,18 +307,36 @@ def plans() -> Iterator[tuple[str, str, bool, Row]]:
                 yield task, product, planes, row
 
 
+def undivided(task: str, product: str, depth: int, kernel: int, dilation: int) -> bool:
+    """Whether a task whose maps have their columns side by side reads rows whole, for a window's width and dilation.
+
+    Then it masks scores of the columns between those of a window. Otherwise it takes rows apart into lattices, whose
+    pixels it reads one by one, and that costs as much as so many more columns.
+    """
+    if task == "unfused":
+        return False
+    if product != "half":
+        most = 1.65  # times the columns of a lattice; 256-64-k7-3x, dilation (1, 3): at 1.55 faster, 1.8 slower
+    elif depth <= 16:
+        most = 1.4  # 512-4x16-k7: at 1.27 faster, 1.55 slower
+    else:
+        most = 2.4  # 512-64-k13, dilation 4: at 2.29 as fast
+    return _COLUMNS + (kernel - 1) * dilation <= most * (_COLUMNS + kernel - 1)
+
+
 def choose(
     task: str,
     product: str,
     depth: int,
-    kernel: tuple[int, int],
+    width: int,
     planes: bool,
     facts: frozenset[str] = PLAIN,
 ) -> Plan:
     """The plan of a task: "forward", "delta", "grad_query", "grad_key_value" or "unfused".
 
-    product: one of `gpu.PRODUCTS`. depth: most channels per head of its maps. planes: whether the streamed maps have
-    their columns side by side, so that blocks must begin on whole vectors. facts: those of FACTS that hold.
+    product: one of `gpu.PRODUCTS`. depth: most channels per head of its maps. width: columns from a window's first to
+    its last. planes: whether the streamed maps have their columns side by side, so that blocks must begin on whole
+    vectors. facts: those of FACTS that hold.
     """
     if task == "delta":
         rows = _DELTA
@@ -290,5 +344,5 @@ def choose(
         rows = _UNFUSED["half" if product == "half" else "full"]
     else:
         rows = _TABLE[task]["exact" if product == "three-pass" else product, planes]
-    fitting = (row for row in rows if depth <= row.depth and kernel[1] <= row.width)
+    fitting = (row for row in rows if depth <= row.depth and width <= row.width)
     return next(row.plan for row in fitting if facts.issuperset(row.wants.split()))

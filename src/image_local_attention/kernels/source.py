@@ -27,7 +27,7 @@ class Source:
     way: str
 
 
-def layout(x: Tensor) -> str:
+def layout_of(x: Tensor) -> str:
     """Which way's descriptor the map's strides and address allow, "rows" or "planes", else "pointer"."""
     return next((way for way, order in _ORDERS.items() if _descriptor_strides(x, order) is not None), "pointer")
 

@@ -88,15 +88,22 @@ def test_every_window_has_a_plan_that_has_what_it_wants(missing):
             assert any(each.plan == chosen and facts.issuperset(each.wants.split()) for each in table)
 
 
-def test_rows_are_read_whole_where_few_columns_lie_between_those_of_a_window():
-    assert plan.undivided("forward", "half", 64, 7, 4)
-    assert not plan.undivided("forward", "half", 64, 31, 4)
-    assert not plan.undivided("forward", "half", 64, 7, 9)
-    assert plan.undivided("grad_query", "half", 16, 7, 2)
-    assert not plan.undivided("grad_query", "half", 16, 7, 3)
-    assert plan.undivided("forward", "three-pass", 64, 7, 3)
-    assert not plan.undivided("forward", "tf32", 64, 7, 4)
-    assert not plan.undivided("unfused", "half", 64, 7, 2)
+@pytest.mark.parametrize(
+    ("task", "product", "depth", "kernel", "dilation", "by_pointer", "whole"),
+    [
+        ("forward", "half", 64, 7, 4, True, True),
+        ("forward", "half", 64, 31, 4, True, False),
+        ("forward", "half", 64, 7, 9, False, False),
+        ("grad_query", "half", 16, 7, 2, False, True),
+        ("grad_query", "half", 16, 7, 3, False, False),
+        ("forward", "three-pass", 64, 7, 3, False, True),
+        ("forward", "three-pass", 64, 7, 3, True, False),
+        ("forward", "tf32", 64, 7, 4, False, False),
+        ("unfused", "half", 64, 7, 2, False, False),
+    ],
+)
+def test_rows_are_read_whole_where_few_columns_lie_between(task, product, depth, kernel, dilation, by_pointer, whole):
+    assert plan.undivided(task, product, depth, kernel, dilation, by_pointer) == whole
 
 
 def distinct_shapes() -> list[plan.Plan]:

@@ -140,9 +140,10 @@ class Launch:
         product = gpu.product(maps[0].dtype, problem.rules.precision)
         depth = max(each.shape[4] for each in maps)
         planes = "planes" in streamed_layouts
-        x = problem.spans[1]
+        y, x = problem.spans
+        dilated = task, product, depth, x.kernel, x.lattice, y.lattice > 1
         # The entry of a bias lies at a fixed distance from its neighbours only where maps are taken apart.
-        if planes and problem.rules.bias is None and plan.undivided(task, product, depth, x.kernel, x.lattice):
+        if planes and problem.rules.bias is None and plan.undivided(*dilated):
             problem = problem.undivided()
         self.spans = y, x = problem.spans
         scattered = y.lattice * x.lattice > 1

@@ -96,10 +96,12 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(16, ANY, Plan((2, 16), 32, 1, 3), "gaps"),  # 512-4x16-k7, dilation 2 0.178
             # 512-4x16-k21 0.454; 512-4x16-k7, bias 0.175, key_mask 0.190, dilation (1, 3) 0.204
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),
-            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.952
-            # 8x128-8x64-k7, dilation 2 0.412, (1, 3) 0.575
+            Row(
+                32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)
+            ),  # 2048-32-k7 0.952, dilation 2 0.960
+            # 8x128-8x64-k7, dilation 2 0.412, 3 0.584, (1, 3) 0.575
             Row(64, 19, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
-            # 512-64-k13, dilation 2 0.214, (1, 3) 0.235
+            # 512-64-k13, dilation 2 0.214, 3 0.252, (1, 3) 0.235
             Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.386
             Row(64, 9, Plan((8, 8), 32, 4, 3)),  # 8x128-8x64-k7, border reflect 0.579
@@ -159,10 +161,12 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(16, 13, Plan((2, 16), 32, 1, 3, max_registers=128), "copies"),
             Row(16, 13, Plan((8, 8), 32, 4, 3, keep_by_pointer=True), "folds"),  # 512-4x16-k7, border reflect 0.201
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.479; 512-4x16-k7, dilation (1, 3) 0.212
-            Row(32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)),  # 2048-32-k7 0.890
-            # 8x128-8x64-k7, dilation 2 0.427, (1, 3) 0.589
+            Row(
+                32, ANY, Plan((4, 16), 64, 4, 3, keep_by_pointer=True, stream_by_pointer=True)
+            ),  # 2048-32-k7 0.890, dilation 2 0.929
+            # 8x128-8x64-k7, dilation 2 0.427, 3 0.589, (1, 3) 0.589
             Row(64, 19, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
-            # 512-64-k13, dilation 2 0.207, (1, 3) 0.228
+            # 512-64-k13, dilation 2 0.207, 3 0.240, (1, 3) 0.228
             Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies"),  # 8x128-8x64-k7 0.435
             Row(64, 9, Plan((8, 8), 32, 4, 3, keep_by_pointer=True)),  # 8x128-8x64-k7, border reflect 0.615
@@ -196,7 +200,7 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(64, 13, Plan((4, 4), 32, 2, keep_by_pointer=True), "gaps"),  # 256-64-k7-3x, dilation 2 0.175
             # 256-64-k7-3x, dilation (1, 3) 0.187
             Row(64, ANY, Plan((4, 8), 32, 2, 3, keep_by_pointer=True), "gaps copies"),
-            Row(64, ANY, Plan((4, 4), 16, 2, keep_by_pointer=True), "gaps"),
+            Row(64, ANY, Plan((4, 8), 32, 4, keep_by_pointer=True), "gaps"),
             Row(64, 9, Plan((4, 4), 16, 2)),  # 512-64-k5-3x 0.363
             # 512-64-k11-3x 0.714; where blocks are wide, at 14 to 18 columns and past 21, the limit is too low
             Row(64, 13, Plan((4, 4), 16, 2, max_registers=128), "plain copies"),
@@ -236,15 +240,17 @@ _TABLE: dict[str, dict[tuple[str, bool], tuple[Row, ...]]] = {
             Row(16, 13, Plan((4, 8), 32, 1, 3, keep_by_pointer=True)),
             Row(16, ANY, Plan((4, 8), 32, 1, 3)),  # 512-4x16-k21 0.633
             Row(32, ANY, Plan((4, 16), 32, 2, 3, hoist=False), "plain"),  # 2048-32-k7 1.68
+            # 2048-32-k7, dilation 2 1.60
+            Row(32, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
             Row(32, ANY, Plan((4, 8), 32, 1, 3)),
             # 8x128-8x64-k7, dilation 2 0.686
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
             # 8x128-8x64-k7, dilation (1, 3) 0.932
-            Row(64, 19, Plan((4, 16), 32, 4, keep_by_pointer=True, stream_by_pointer=True), "gaps"),
+            Row(64, 19, Plan((4, 16), 32, 4, keep_by_pointer=True, stream_by_pointer=True), "gaps copies"),
             Row(
                 64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "gaps copies"
             ),  # 512-64-k13, dilation (1, 3) 0.401
-            # 512-64-k13, dilation 2 0.326
+            # 512-64-k13, dilation 2 0.326, 3 0.459; 8x128-8x64-k7, dilation 3 0.892
             Row(64, ANY, Plan((4, 16), 32, 4, 3, keep_by_pointer=True, hoist=False), "gaps"),
             # 8x128-8x64-k7 0.680, bias 0.772, 8x128-8x64-k13
             Row(64, 13, Plan((4, 16), 32, 4, 3, keep_by_pointer=True), "copies slides"),
@@ -307,20 +313,21 @@ def plans() -> Iterator[tuple[str, str, bool, Row]]:
                 yield task, product, planes, row
 
 
-def undivided(task: str, product: str, depth: int, kernel: int, dilation: int) -> bool:
+def undivided(task: str, product: str, depth: int, kernel: int, dilation: int, by_pointer: bool) -> bool:
     """Whether a task whose maps have their columns side by side reads rows whole, for a window's width and dilation.
 
     Then it masks scores of the columns between those of a window. Otherwise it takes rows apart into lattices, whose
-    pixels it reads one by one, and that costs as much as so many more columns.
+    pixels it reads one by one, and that costs as much as so many more columns. by_pointer: no descriptor can copy
+    whole rows, for maps are taken apart along columns.
     """
     if task == "unfused":
         return False
     if product != "half":
-        most = 1.65  # times the columns of a lattice; 256-64-k7-3x, dilation (1, 3): at 1.55 faster, 1.8 slower
+        most = 1.5 if by_pointer else 1.65  # 256-64-k7-3x: at 1.55 slower by pointer, through descriptors at 1.8
     elif depth <= 16:
         most = 1.4  # 512-4x16-k7: at 1.27 faster, 1.55 slower
     else:
-        most = 2.4  # 512-64-k13, dilation 4: at 2.29 as fast
+        most = 2.4  # 512-64-k13: at 2.29 as fast
     return _COLUMNS + (kernel - 1) * dilation <= most * (_COLUMNS + kernel - 1)
 
 

@@ -43,6 +43,7 @@ CHOICES = {
     "keep_by_pointer": (False, True),
     "stream_by_pointer": (False, True),
     "hoist": (False, True),
+    "delta_early": (False, True),
     "max_registers": (None, 64, 72, 80, 96, 112, 128, 144, 168, 200),
 }
 SHAPE = {"tile", "warps", "block"}  # what a candidate may differ in at once

@@ -1,6 +1,7 @@
 """Launches every kernel with the options of windows on a GPU, for compute-sanitizer to look on: make gpu-memcheck.
 
-Maps are of several tiles each way and a remainder, in both memory formats.
+Maps are of several tiles each way and a remainder, in both memory formats; those of keys have rows of whole vectors,
+those of queries on another grid have not.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import torch
 
 from image_local_attention import local_aggregate, local_attention, local_similarity
 
-SIZE = 19, 23
+SIZE = 19, 24
 KERNEL = 5, 7
 DEPTH, HEADS = 16, 2
 
@@ -28,6 +29,7 @@ def options() -> list[dict]:
         {"border": "shift", "bias": displacements, "dilation": (2, 3)},
         {"border": "reflect", "bias": slots, "key_mask": mask},
         {"border": "replicate", "dilation": 2},
+        {"border": "mask", "dilation": (1, 2), "key_mask": mask},
         {"border": "circular"},
         {"border": "mask", "causal": "raster", "key_mask": mask, "bias": slots},
         {"causal": True, "dilation": 2, "bias": slots},

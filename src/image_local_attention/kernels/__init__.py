@@ -146,6 +146,7 @@ def _grad_key_value(query, key, value, grad_out, lse, delta, grad_key, grad_valu
         **ways(q=q, k=k, v=v, g=g),
         **constants,
         HOIST=launch.plan.hoist,
+        EARLY=launch.plan.delta_early,
     )
 
 

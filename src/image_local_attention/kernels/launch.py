@@ -75,6 +75,7 @@ class Problem:
             "plain": self.plain,
             "unbiased": self.rules.bias is None,
             "slides": slides,
+            "shifts": any(span.shifts for span in self.spans) and not any(span.scaled for span in self.spans),
             "folds": folds,
             "gaps": self.spans[1].dilation > 1 and not folds,
         }

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-options clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-peers gpu-options clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -21,8 +21,8 @@ lint: $(READY)
 hunt: $(READY)  ## thousands of random problems
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --hypothesis-profile=hunt -m "hunt and not gpu"
 
-bench: $(READY)  ## the CPU goals, against plain PyTorch
-	$(RUN) -m benchmarks.run --group cpu
+bench: $(READY)  ## the CPU goals, against plain PyTorch and FlexAttention
+	$(RUN) -m image_local_attention.cli bench --group cpu
 
 denoise-bench: $(READY)  ## the photograph, against scikit-image
 	$(RUN) -m benchmarks.denoise
@@ -43,7 +43,11 @@ gpu-memcheck:
 # GPU names the file that the rows are for.
 GPU ?= h200
 gpu-bench:
-	PYTHONPATH=src $(PYTHON) -m benchmarks.run --group design --warm-up 16 --out benchmarks/results/$(GPU).json
+	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group design --impl ours --warm-up 16 --out benchmarks/results/$(GPU).json
+
+# Beside all that can be imported: minutes for a case, for FlexAttention compiles.
+gpu-peers:
+	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group models --out benchmarks/results/$(GPU).json
 
 gpu-options:  ## what each window option costs
 	PYTHONPATH=src $(PYTHON) -m benchmarks.options --warm-up 16 --out benchmarks/results/options-$(GPU).json

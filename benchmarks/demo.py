@@ -14,10 +14,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.baselines import unfold_attention
 from benchmarks.denoise import WANTED_GAIN_DB, add_noise, photograph, psnr
-from benchmarks.measure import Measurement, measure
 from image_local_attention import local_attention
+from image_local_attention.bench.measure import Measurement, measure
+from image_local_attention.bench.unfold import unfold_attention
 
 FOLDER = Path("demo")
 CHANNELS = 64

@@ -27,10 +27,10 @@ from rich.table import Table
 from torch import Tensor
 
 from image_local_attention import local_attention
-
-from .cases import DTYPES, LAYOUTS, Case
-from .measure import measure
-from .run import environment, matmul_precision, passes, rounded, save_rows, warm_up
+from image_local_attention.bench.cases import DTYPES, LAYOUTS, Case
+from image_local_attention.bench.measure import measure
+from image_local_attention.bench.rows import environment, rounded, save_rows
+from image_local_attention.bench.timing import matmul_precision, passes, warm_up
 
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 MODES = ("forward", "backward")

@@ -23,16 +23,16 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from image_local_attention import check, kernels
+from image_local_attention.bench.cases import DTYPES, GROUPS, Case
+from image_local_attention.bench.measure import measure
+from image_local_attention.bench.rows import environment
 from image_local_attention.kernels import plan
 from image_local_attention.kernels.gpu import padded
 from image_local_attention.kernels.plan import Plan
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 
-from .cases import DTYPES, GROUPS, Case
-from .measure import measure
 from .options import BY_NAME, PLAIN, PROBLEMS
-from .run import environment
 
 TASKS = ("forward", "grad_query", "grad_key_value")
 CHOICES = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import options
-from benchmarks.run import Row, load_rows
+from image_local_attention.bench.rows import Row, load_rows
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")

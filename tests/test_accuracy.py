@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from benchmarks import baselines
 
 import oracle
 import plain
 from budget import Rounding, assert_pixels_within, assert_within
 from image_local_attention import local_aggregate, local_attention, local_similarity
+from image_local_attention.bench import unfold
 from problems import Problem, for_each, problems
 
 COUNTS = {"reference": 10, "tiled": 20, "triton": 20}  # problems of each operator and dtype in `make test`
@@ -85,7 +85,7 @@ def test_fp32_is_the_baseline_to_a_hundred_thousandth(target, kernel):
         weight = local_similarity(*maps[:2], kernel, backend=target.backend)
         return local_aggregate(weight.softmax(-1), maps[2], kernel, backend=target.backend)
 
-    baseline = baselines.unfold_attention(*maps, *kernel)
+    baseline = unfold.unfold_attention(*maps, *kernel)
     wanted = baseline, *torch.autograd.grad(baseline, maps, grad)
     for ours in (fused, unfused):
         out = ours(*maps)

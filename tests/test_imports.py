@@ -35,7 +35,8 @@ LAW = {
     "maps": set(),
     "window": set(),
     "nlm": {"functional"},
-    "cli": {"nlm", "cli"},
+    "bench": {"bench"},
+    "cli": {"nlm", "bench", "cli"},
 }
 # What runs on the GPU knows nothing of how it is launched.
 _TILE = {"kernels.geometry", "kernels.tile"}
@@ -51,6 +52,7 @@ KERNEL_LAW = {
 }
 # Benchmarks and examples use public names; the search for plans drives the kernels themselves.
 USER_LAW = {"plans.py": {"check", "kernels", "kernels.gpu", "kernels.plan", "maps", "rules"}}
+BENCH = {name for name in FILES if name.startswith("bench.")}
 
 
 def fresh(code: str, **environment: str) -> str:
@@ -163,7 +165,7 @@ def top(module: str) -> str:
 @pytest.mark.parametrize("module", FILES)
 def test_the_import_law(module):
     got = imports(module, FILES[module])
-    if top(module) in ("cli", "nlm"):
+    if top(module) in ("bench", "cli", "nlm"):
         names = public_names(FILES[module])
         assert names <= {*image_local_attention.__all__, "__version__", "nlm"}
         got.discard("__init__")
@@ -181,7 +183,11 @@ def test_the_core_needs_torch_alone(module):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module)
-    allowed = {"kernels": {"torch", "triton"}, "cli": {"torch", "numpy", "PIL", "rich", "typer"}}
+    allowed = {
+        "kernels": {"torch", "triton"},
+        "bench": {"torch", "rich", "matplotlib", "natten"},
+        "cli": {"torch", "numpy", "PIL", "rich", "typer"},
+    }
     assert {top(name) for name in found} - sys.stdlib_module_names - {NAME} <= allowed.get(top(module), {"torch"})
 
 
@@ -197,7 +203,7 @@ def test_the_law_knows_every_module():
 @pytest.mark.parametrize("path", USERS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_benchmarks_and_examples_use_public_names_only(path):
     ours = {node.module for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and not node.level}
-    inner = USER_LAW.get(path.name, set())
+    inner = USER_LAW.get(path.name, set()) | BENCH
     assert {name for name in ours if _ours(name)} <= {NAME, f"{NAME}.nlm"} | {f"{NAME}.{module}" for module in inner}
     assert public_names(path) <= {*image_local_attention.__all__, "__version__", "nlm"} | inner
 

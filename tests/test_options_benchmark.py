@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from benchmarks import options, report, run
-from benchmarks.cases import LAYOUTS, Case
+from benchmarks import options, report
 from benchmarks.options import BY_NAME, OPTIONS, PLAIN, PROBLEMS, Row
 from typer.testing import CliRunner
 
+from image_local_attention.bench.cases import LAYOUTS, Case
+from image_local_attention.bench.rows import load_rows, save_rows
+from image_local_attention.bench.timing import passes
+
 APP = typer.Typer(add_completion=False)
 APP.command()(options.main)
-RESULTS = sorted(Path(run.__file__).parent.glob("results/options-*.json"))
+RESULTS = sorted(Path(options.__file__).parent.glob("results/options-*.json"))
 TINY = Case(2, 8, 12, 4, 4, 3, "fp32")
 SUITING = [(c, o) for c in (TINY, replace(TINY, heads=1, layout="nchw")) for o in OPTIONS if o.suits(c)]
 DISPLACEMENT = "bias by displacement, border shift"
@@ -30,7 +33,7 @@ def on_the_cpu(monkeypatch):
 
 def run_once(attend, maps):
     """What the forward pass gives, as a tuple of tensors, and the gradients of the backward pass."""
-    (_, forward), (_, backward) = run.passes(attend, maps, options.MODES)
+    (_, forward), (_, backward) = passes(attend, maps, options.MODES)
     (out,) = forward()
     return out if isinstance(out, tuple) else (out,), backward()
 
@@ -108,7 +111,7 @@ def test_a_job_that_fails_is_told_and_the_others_are_kept(monkeypatch, tmp_path)
     answer = CliRunner().invoke(APP, ["--out", str(path), "--budget", "0.001"])
     assert answer.exit_code == 1
     assert "broken: ValueError: dilation must be at least 1, got 0" in answer.output
-    rows = run.load_rows(path, Row)
+    rows = load_rows(path, Row)
     assert [(row.option, row.mode) for row in rows] == [
         *(("border mask", mode) for mode in sorted(options.MODES)),
         *(("coarser queries", mode) for mode in sorted(options.MODES)),
@@ -159,13 +162,13 @@ def test_without_a_gpu_nothing_is_timed(monkeypatch):
 def test_rows_come_back_as_they_were_saved_and_newer_ones_replace_older(tmp_path):
     path = tmp_path / "rows.json"
     other = replace(ROW, option="causal", triton=None)
-    run.save_rows(path, [other, ROW], Row)
-    assert run.load_rows(path, Row) == [ROW, other]
+    save_rows(path, [other, ROW], Row)
+    assert load_rows(path, Row) == [ROW, other]
     newer = replace(ROW, ms_p50=1.0, ratio=4.0, commit="1")
-    run.save_rows(path, [newer, replace(ROW, gpu="another"), replace(ROW, mode="backward")], Row)
-    assert run.load_rows(path, Row) == [replace(ROW, mode="backward"), newer, other, replace(ROW, gpu="another")]
+    save_rows(path, [newer, replace(ROW, gpu="another"), replace(ROW, mode="backward")], Row)
+    assert load_rows(path, Row) == [replace(ROW, mode="backward"), newer, other, replace(ROW, gpu="another")]
     with pytest.raises(ValueError, match="missing or unknown"):
-        run.load_rows(path)  # rows of another kind
+        load_rows(path)  # rows of another kind
 
 
 def test_the_report_has_a_line_for_each_option_and_both_layouts_in_a_cell():
@@ -202,7 +205,7 @@ def test_the_report_fills_its_own_place_of_the_page(monkeypatch, tmp_path):
     assert page.read_text() == (
         f"a\n{report.BEGIN}\n\n{report.END}b\n{report.BEGIN_OPTIONS}\nNo rows yet.\n\n{report.END_OPTIONS}c\n"
     )
-    run.save_rows(tmp_path / "options-h200.json", [ROW], Row)
+    save_rows(tmp_path / "options-h200.json", [ROW], Row)
     for _ in range(2):  # it can be repeated
         report.main()
         inside = f"{report.BEGIN_OPTIONS}\n{report.options_table([ROW])}\n{report.END_OPTIONS}"
@@ -211,7 +214,7 @@ def test_the_report_fills_its_own_place_of_the_page(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_rows_are_valid_and_of_known_jobs(path):
-    rows = run.load_rows(path, Row)
+    rows = load_rows(path, Row)
     assert rows
     assert {(row.problem, row.option) for row in rows} <= {(case.name, name) for case, name in options.jobs_of()}
     assert {row.mode for row in rows} <= set(options.MODES)

@@ -2,6 +2,7 @@
 
 import typer
 
+from .bench import bench
 from .denoise import denoise
 from .info import info
 
@@ -12,4 +13,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(denoise)
+app.command()(bench)
 app.command()(info)

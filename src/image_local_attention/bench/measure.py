@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,17 @@ MAX_WRITES = 100  # of the buffer before one call: some 8 ms on an H200
 
 @dataclass(frozen=True)
 class Measurement:
-    """Quantiles of the milliseconds of one call, the memory it takes on top of what is there, and the runs timed."""
+    """Quantiles of the milliseconds of one call, the memory it takes on top of what is there, and the runs timed.
+
+    host_ms: on a GPU, the host's time to queue a call on an idle device, which is no part of the others.
+    """
 
     ms_p50: float
     ms_p20: float
     ms_p80: float
     peak_mib: float
     runs: int
+    host_ms: float | None = None
 
 
 def measure(
@@ -121,7 +125,7 @@ def _measure_gpu(call: Callable, prepare: Callable, budget_s: float, flush_l2: b
     while len(pairs) < MIN_RUNS or (time.perf_counter() < deadline and len(pairs) < MAX_RUNS):
         pairs.append(queue())
         pairs[-1][1].synchronize()
-    return _summary([begin.elapsed_time(end) for begin, end in pairs], peak_mib)
+    return replace(_summary([begin.elapsed_time(end) for begin, end in pairs], peak_mib), host_ms=host_ms)
 
 
 def _timed(call: Callable, argument: object) -> tuple[torch.cuda.Event, torch.cuda.Event]:

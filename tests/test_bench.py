@@ -1,26 +1,23 @@
 """The benchmarks: baselines, floors, measurement, errors against fp64, and the rows that are kept."""
 
-import importlib
 import itertools
 import json
-import math
-import os
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from benchmarks import options, run
-from benchmarks.baselines import unfold_attention, unfold_similarity, unfold_weighting
-from benchmarks.cases import CPU_GOALS, GROUPS, PROTOTYPE, Case, extension_ms, sketch_ms
-from benchmarks.measure import MIB, Measurement, measure
-from typer.testing import CliRunner
 
-APP = typer.Typer(add_completion=False)
-APP.command()(run.main)
-RESULTS = sorted(Path(run.__file__).parent.glob("results/h*.json"))
+from image_local_attention.bench.cases import CPU_GOALS, GROUPS, MODES, PROTOTYPE, Case, extension_ms, sketch_ms
+from image_local_attention.bench.exact import error, exact_results, regions
+from image_local_attention.bench.measure import MIB, Measurement, measure
+from image_local_attention.bench.peers import PEERS
+from image_local_attention.bench.rows import load_rows, row_of, save_rows
+from image_local_attention.bench.tables import goals_table
+from image_local_attention.bench.timing import passes, warm_up
+from image_local_attention.bench.unfold import unfold_attention, unfold_similarity, unfold_weighting
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("h*.json"))
 SMALL = Case(2, 40, 70, 3, 4, 4, "fp32", layout="nchw", depth_value=5)
 
 
@@ -79,17 +76,23 @@ def test_backward_floors():
     assert two_depths.flops("forward") == 64 * 64 * 25 * 2 * (64 + 32)
     assert two_depths.flops("backward") == 64 * 64 * 25 * (3 * 2 * 64 + 2 * 2 * 32)
     assert two_depths.bytes("forward") == 64 * 64 * 2 * (2 * 64 + 2 * 32)
+    assert replace(two_depths, dtype="fp16", dilation=3).floor_ms("forward") == two_depths.floor_ms("forward")
 
 
 def test_groups_and_known_times():
-    assert {name: len(cases) for name, cases in GROUPS.items()} == {"design": 30, "original": 4, "cpu": 3}
+    assert {name: len(cases) for name, cases in GROUPS.items()} == {
+        "design": 30,
+        "original": 28,
+        "models": 16,
+        "cpu": 3,
+    }
     names = [case.name for case in {case for cases in GROUPS.values() for case in cases}]
     assert len(set(names)) == len(names)
     assert {kernel for kernel, _ in CPU_GOALS} <= {case.kernel for case in GROUPS["cpu"]}
     known = Case(1, 256, 256, 24, 128, 81, "bf16")
     assert sketch_ms(known, "forward+backward") == pytest.approx(13.9 + 18.5 + 27.2)
     assert sketch_ms(replace(known, layout="nchw"), "forward") is None
-    assert extension_ms(GROUPS["original"][1], "backward") == pytest.approx(2.12 - 0.92)
+    assert extension_ms(GROUPS["cpu"][1], "backward") == pytest.approx(2.12 - 0.92)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
@@ -131,7 +134,7 @@ def test_measure_counts_the_graph_and_the_gradients():
 
 def test_measure_times_the_call_and_not_its_setup(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("image_local_attention.bench.measure.time.perf_counter", lambda: now[0])
 
     def take(seconds):
         now[0] += seconds
@@ -149,20 +152,20 @@ def test_measure_times_the_call_and_not_its_setup(monkeypatch):
 def test_errors_are_measured_against_fp64(case):
     maps = case.maps(torch.device("cpu"))
     doubles = [x.double() for x in maps]
-    (_, compute), (_, differentiate) = run.passes(run.operator(case, "ours"), doubles, ("forward", "backward"))
+    (_, compute), (_, differentiate) = passes(PEERS["ours"].make(case), doubles, ("forward", "backward"))
     results = *compute(), *differentiate()
-    exact = [(region, run.exact_results(case, maps, region)) for region in run.regions(case)]
-    assert run.error(case, exact, "forward+backward", results) < 1e-12
-    assert run.error(case, exact, "forward", results[:1]) < 1e-12
+    exact = [(region, exact_results(case, maps, region)) for region in regions(case)]
+    assert error(case, exact, "forward+backward", results) < 1e-12
+    assert error(case, exact, "forward", results[:1]) < 1e-12
 
-    compared = torch.cat([region.of(results[2], case.heads).flatten() for region in run.regions(case)])
+    compared = torch.cat([region.of(results[2], case.heads).flatten() for region in regions(case)])
     results[2][-1, -1, -1, -1] += 0.5  # key's gradient, at the last pixel of the last head of the last image
-    assert run.error(case, exact, "backward", results[1:]) == pytest.approx(0.5 / compared.norm().item())
+    assert error(case, exact, "backward", results[1:]) == pytest.approx(0.5 / compared.norm().item())
 
 
 def test_every_mode_gives_its_results():
     case = replace(SMALL, height=6, width=5)
-    runs = dict(run.passes(run.operator(case, "ours"), case.maps(torch.device("cpu")), run.MODES))
+    runs = dict(passes(PEERS["ours"].make(case), case.maps(torch.device("cpu")), MODES))
     out, *grads = runs["forward+backward"]()
     assert len(grads) == 3
     torch.testing.assert_close(runs["forward"](), (out,))
@@ -173,28 +176,28 @@ def test_every_mode_gives_its_results():
 def row(**changes):
     taken, where = Measurement(0.25, 0.2, 0.3, 12.0, 9), {"torch": "2.11", "triton": "3.6", "gpu": "NVIDIA H200"}
     case = next(iter(PROTOTYPE))
-    return replace(run.row_of(case, "ours", "forward", "cold", taken, 1e-3, where | {"commit": "0"}), **changes)
+    return replace(row_of(case, "ours", "forward", "cold", taken, 1e-3, where | {"commit": "0"}), **changes)
 
 
 def test_a_row_has_the_floor_and_the_sketch_of_an_h200_only():
     assert (row().floor_ms, row().floor_share, row().sketch_ms) == (0.1249, 0.499, 0.23)
     elsewhere = {"torch": "2.11", "triton": None, "gpu": "none (CPU, 2 thread(s))", "commit": "0"}
     taken = Measurement(0.25, 0.2, 0.3, 12.0, 9)
-    other = run.row_of(next(iter(PROTOTYPE)), "ours", "forward", None, taken, 1e-3, elsewhere)
+    other = row_of(next(iter(PROTOTYPE)), "ours", "forward", None, taken, 1e-3, elsewhere)
     assert (other.floor_ms, other.floor_share, other.sketch_ms, other.extension_ms) == (None,) * 4
 
 
 def test_rows_come_back_as_they_were_saved_and_newer_ones_replace_older(tmp_path):
     path = tmp_path / "new" / "rows.json"
-    run.save_rows(path, [row(mode="backward"), row()])
-    assert run.load_rows(path) == [row(mode="backward"), row()]
-    run.save_rows(path, [row(ms_p50=0.125, commit="1"), row(gpu="another"), row(l2="hot")])
-    assert run.load_rows(path) == [
+    save_rows(path, [row(mode="backward"), row()])
+    assert load_rows(path) == [row(mode="backward"), row()]
+    save_rows(path, [row(ms_p50=0.125, commit="1"), row(gpu="another"), row(l2="hot")])
+    assert load_rows(path) == [
         *(row(mode="backward"), row(ms_p50=0.125, commit="1"), row(l2="hot")),
         row(gpu="another"),
     ]
     text = path.read_text()
-    run.save_rows(path, run.load_rows(path)[::-1])
+    save_rows(path, load_rows(path)[::-1])
     assert path.read_text() == text
 
 
@@ -211,40 +214,24 @@ def test_rows_come_back_as_they_were_saved_and_newer_ones_replace_older(tmp_path
 )
 def test_spoiled_rows_are_refused(tmp_path, spoil, complaint):
     path = tmp_path / "rows.json"
-    run.save_rows(path, [row(), row(mode="backward")])
+    save_rows(path, [row(), row(mode="backward")])
     entries = json.loads(path.read_text())
     spoil(next(entry for entry in entries if entry["mode"] == "backward"))
     path.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="rows") as caught:
-        run.load_rows(path)
+        load_rows(path)
     assert complaint in str(caught.value)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_rows_are_valid_and_of_known_cases(path):
     names = {case.name for cases in GROUPS.values() for case in cases}
-    rows = run.load_rows(path)
+    rows = load_rows(path)
     assert rows
     assert {row.case for row in rows} <= names
-    assert {row.mode for row in rows} <= set(run.MODES)
-    assert {row.impl for row in rows} <= {"ours", "unfold"}
+    assert {row.mode for row in rows} <= set(MODES)
+    assert {row.impl for row in rows} <= set(PEERS)
     assert "unknown" not in {row.commit for row in rows}
-
-
-def test_the_cpu_group_runs_and_reports(monkeypatch, tmp_path):
-    cases = tuple(Case(1, 8, 9, 1, 4, kernel, "fp32", layout="nchw") for kernel in (5, 11))
-    monkeypatch.setitem(GROUPS, "cpu", cases)
-    path = tmp_path / "cpu.json"
-    arguments = ["--group", "cpu", "--out", str(path), "--budget", "0.001"]
-    answer = CliRunner().invoke(APP, arguments, catch_exceptions=False)
-    assert answer.exit_code == 0
-    rows = run.load_rows(path)
-    modes = ("forward", "forward+backward")
-    assert {(row.case, row.impl, row.mode) for row in rows} == {
-        (case.name, impl, mode) for case in cases for impl in ("ours", "unfold") for mode in modes
-    }
-    assert all(row.error < 1e-5 and row.ms_p50 > 0 and row.peak_mib > 0 for row in rows)
-    assert answer.output.count("met") + answer.output.count("MISSED") == 5
 
 
 def test_the_goals_are_judged_by_their_ratios():
@@ -253,7 +240,7 @@ def test_the_goals_are_judged_by_their_ratios():
     mine, theirs = (row(case=case.name, impl=impl, ms_p50=ms) for impl, ms in (("ours", 2.0), ("unfold", 200.0)))
 
     def verdicts(ours, unfold):
-        table = run.goals_table([ours, unfold])
+        table = goals_table([ours, unfold])
         return [list(column.cells) for column in table.columns][5::4]
 
     assert verdicts(replace(mine, peak_mib=2.0), replace(theirs, peak_mib=99.0)) == [["100 met"], ["50 MISSED"]]
@@ -262,101 +249,5 @@ def test_the_goals_are_judged_by_their_ratios():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels do compile")
 def test_a_warm_up_that_fails_is_told_and_breaks_nothing(capfd):
-    assert run.warm_up([SMALL], 2) == [SMALL]
+    assert warm_up([SMALL], 2) == [SMALL]
     assert "Traceback" in capfd.readouterr().err
-
-
-def test_an_unknown_group_is_refused():
-    answer = CliRunner().invoke(APP, ["--group", "none"])
-    assert answer.exit_code == 2
-    assert "design, original, cpu" in answer.output
-
-
-@pytest.fixture
-def plans():
-    pytest.importorskip("triton")
-    return importlib.import_module("benchmarks.plans")
-
-
-def test_neighbours_begin_with_one_respect_and_leave_out_what_cannot_be(plans):
-    case = next(case for case in GROUPS["design"] if case.layout == "nchw" and case.dtype == "bf16")
-    best = plans.Plan((8, 8), 32, 4, 3)
-    tried = [best, replace(best, stages=2)]
-    found = plans.neighbours(case, 1, "forward", best, tried, plans.FIRST)
-    assert len(set(found)) == len(found) <= plans.FIRST
-    assert not set(found) & set(tried)
-    assert all(each.tile[1] >= 8 for each in found)
-    apart = plans.neighbours(case, 2, "forward", best, (), plans.FIRST)
-    assert min(each.tile[1] for each in apart) == 4
-    differences = [sum(getattr(each, name) != getattr(best, name) for name in plans.CHOICES) for each in found]
-    assert differences == sorted(differences, key=lambda count: count > 1)
-    assert {1, 2, 3} == set(differences)
-    assert plans.Plan((4, 8), 32, 1, 3) not in plans.neighbours(
-        replace(case, depth=256), 1, "grad_key_value", best, (), 10**6
-    )
-
-
-def test_a_process_that_dies_costs_its_own_job_only(plans):
-    workers = plans.Workers(1)
-    assert workers.map(os._exit, [(1,)], lambda code: f"died with {code}") == ["died with 1"]
-    assert workers.map(pow, [(2, 3), (2, 4)], lambda *_: None) == [8, 16]
-    workers.close()
-
-
-def test_a_search_climbs_to_the_fastest_plan_that_is_right_and_does_not_spill(plans, monkeypatch):
-    class Fake:
-        def __init__(self, *_, **__):
-            self.rules = plans.Rules(plans.check.window(3, **plans.GEOMETRY))
-
-        def run(self, task):
-            return (torch.full((3,), 1.0 if taken[-1].stages < 4 else math.nan),)
-
-        def poison(self):
-            pass
-
-    def timed(call, *_, **__):
-        each = taken[-1]
-        return Measurement(each.block + 9.0 * (each.warps - 2) ** 2 - each.stages, 0.0, 0.0, 0.0, 1)
-
-    @contextmanager
-    def planned(task, candidate):
-        taken.append(candidate)
-        yield taken
-
-    def compiled(workers, jobs):
-        return [(each, plans.Result(spills=int(each.block == 16), registers=99)) for *_, each in jobs]
-
-    start = plans.Plan((8, 8), 128, 8, 1)
-    taken = [start]
-    for name, fake in (("Problem", Fake), ("measure", timed), ("planned", planned), ("compile_all", compiled)):
-        monkeypatch.setattr(plans, name, fake)
-    starts, case = {"forward": (start, plans.Result(registers=99))}, GROUPS["design"][0]
-    *_, (search,) = plans.explore(case, "plain", torch.device("cpu"), starts, None, 4, False, 0.1)
-    best = search.ranked[0]
-    assert (best.block, best.warps, best.stages) == (32, 2, 3)
-    rows = list(search.rows())
-    assert [row["tile"] for row in rows if row["current"]] == [(8, 8)]
-    assert {row["error"] for row in rows if row["stages"] == 4} == {"wrong result"}
-    assert {row["max_registers"] for row in rows} == {None, 72, 80, 96}  # of 99
-    json.dumps(rows)
-    assert "current" in list(search.table().columns[-1].cells)
-    *_, (search,) = plans.explore(case, "plain", torch.device("cpu"), starts, None, 1, False, 0.1, ["stages", "block"])
-    assert {(each.tile, each.warps, each.max_registers) for each in search.results} == {((8, 8), 8, None)}
-    assert len(search.results) > 2
-
-
-def test_a_search_keeps_to_the_option(plans, monkeypatch):
-    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
-    case = replace(options.PROBLEMS[0], batch=1, height=8, width=8)
-    plain, key_mask, dilation = (
-        plans.Problem(case, name, torch.device("cpu"), exact=False).rules
-        for name in ("plain", "key_mask", "dilation 2")
-    )
-    assert (plain.window.dilation, plain.key_mask) == ((1, 1), None)
-    assert key_mask.key_mask.shape == (1, 8, 8)
-    assert dilation.window.dilation == (2, 2)
-    app = typer.Typer(add_completion=False)
-    app.command()(plans.main)
-    answer = CliRunner().invoke(app, ["--option", "finer queries"])
-    assert answer.exit_code == 2
-    assert "border shift" in answer.output

@@ -1,5 +1,6 @@
 """What is timed: problems as data, the least time each can take, and the times others took."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,9 +9,15 @@ from torch import Tensor
 # What one H200 does per second.
 BYTES = 4.3e12
 EXPONENTIALS = 4.2e12
-FLOPS = {("bf16", "ieee"): 790e12, ("fp32", "tf32"): 395e12, ("fp32", "ieee"): 395e12 / 3}  # ieee: TF32 in three passes
+HALF, TF32 = 790e12, 395e12
+FLOPS = {
+    ("bf16", "ieee"): HALF,
+    ("fp16", "ieee"): HALF,
+    ("fp32", "tf32"): TF32,
+    ("fp32", "ieee"): TF32 / 3,  # three passes
+}
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("channels_last", "nchw")
 MODES = ("forward", "backward", "forward+backward")
 
@@ -33,11 +40,13 @@ class Case:
     layout: str = "channels_last"
     depth_value: int | None = None
     border: str = "zeros"
+    dilation: int = 1
 
     @property
     def name(self) -> str:
         depth = f"{self.depth}" if self.depth_value is None else f"{self.depth}:{self.depth_value}"
         size = f"{self.batch}x{self.height}x{self.width} {self.heads}x{depth} k{self.kernel}"
+        size = size if self.dilation == 1 else f"{size} d{self.dilation}"
         dtype = self.dtype if self.dtype != "fp32" else f"fp32-{self.precision}"
         border = "" if self.border == "zeros" else f" {self.border}"
         return f"{size} {dtype} {self.layout}{border}"
@@ -137,9 +146,36 @@ EXTENSION = {
     Case(1, 512, 512, 1, 64, 11, "fp32", layout="nchw"): (14.6, 41.8),
 }
 
+# What that extension was published with.
+ORIGINAL = tuple(
+    Case(1, side, side, 1, depth, kernel, "fp32", layout="nchw")
+    for side in (32, 64, 128)
+    for depth in (16, 32, 64)
+    for kernel in (5, 11, 21)
+)
+
+# What image models ask for: restoration (180 and 60 channels in 6 heads), segmentation (33 channels, fp32), wide
+# windows, dilation, a photograph of 4 megapixels, values wider than keys.
+MODELS = (
+    Case(4, 64, 64, 6, 30, 9, "bf16"),
+    Case(1, 180, 320, 6, 30, 9, "bf16"),
+    Case(1, 180, 320, 6, 10, 9, "bf16"),
+    Case(2, 128, 128, 1, 33, 9, "fp32"),
+    Case(1, 128, 128, 4, 48, 31, "bf16"),
+    Case(1, 256, 256, 4, 32, 7, "bf16", dilation=9),
+    Case(1, 2048, 2048, 1, 64, 5, "fp16"),
+    Case(1, 256, 256, 4, 16, 9, "bf16", depth_value=96),
+)
+
+
+def _in_both_layouts(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(replace(case, layout=layout) for case in cases for layout in LAYOUTS)
+
+
 GROUPS = {
-    "design": tuple(replace(case, layout=layout) for case in PROTOTYPE for layout in LAYOUTS),
-    "original": tuple(EXTENSION),
+    "design": _in_both_layouts(PROTOTYPE),
+    "original": tuple(dict.fromkeys((*ORIGINAL, *EXTENSION))),
+    "models": _in_both_layouts(MODELS),
     "cpu": tuple(case for case in EXTENSION if case.height == 128),
 }
 

@@ -1,0 +1,1 @@
+"""The benchmark: what is timed, how, beside whom, and what is kept of it."""

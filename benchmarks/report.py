@@ -1,17 +1,21 @@
-"""Writes the tables of docs/performance.md from the committed rows: python -m benchmarks.report"""
+"""Writes the tables and figures of docs/performance.md from the committed rows: python -m benchmarks.report"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import options
+from image_local_attention.bench.cases import GROUPS
+from image_local_attention.bench.plot import save_figures
 from image_local_attention.bench.rows import Row, load_rows
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")
-BEGIN, BEGIN_OPTIONS = "<!-- begin: python -m benchmarks.report -->\n", "<!-- begin: options -->\n"
-END, END_OPTIONS = "<!-- end -->\n", "<!-- end: options -->\n"
-OPTIONS = "options-"  # files of results/ that begin so have rows of benchmarks.options
+FIGURES = Path("docs/figures")
+PASSES = "forward", "backward"
+DRAWN = {"h200": ["floor"], "cpu": ["window"]}  # figures of the page, by the file of their rows
+# The files of results/ by what they begin with: GPUs' rows, CPUs' rows, rows of benchmarks.options.
+GPU, CPU, OPTIONS = "h", "cpu", "options-"
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -23,7 +27,7 @@ def tables(rows: Sequence[Row]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for case in cases:
-        for mode in ("forward", "backward"):
+        for mode in PASSES:
             last, planes = (ours[f"{case} {layout}", mode] for layout in ("channels_last", "nchw"))
             share = "" if last.floor_share is None else f"{last.floor_share:.0%}"
             sketch = "" if last.sketch_ms is None else f"{last.sketch_ms:.4g}"
@@ -31,7 +35,7 @@ def tables(rows: Sequence[Row]) -> str:
                 f"| {case} | {mode} | {last.ms_p50:.4g} | {share} | {sketch} | {planes.ms_p50:.4g} "
                 f"| {planes.ms_p50 / last.ms_p50:.2f} | {last.error:.1e} |"
             )
-    for mode in ("forward", "backward"):
+    for mode in PASSES:
         speed = [row.sketch_ms / row.ms_p50 for row in ours.values() if row.mode == mode and row.sketch_ms]
         ratio = [ours[f"{case} nchw", mode].ms_p50 / ours[f"{case} channels_last", mode].ms_p50 for case in cases]
         against = f"{_mean(speed):.2f} times the sketch's speed (slowest case {min(speed):.2f}); " if speed else ""
@@ -69,18 +73,46 @@ def options_table(rows: Sequence[options.Row]) -> str:
     return "\n".join(lines) + _measured_on(rows)
 
 
-def between(page: str, begin: str, end: str, text: str) -> str:
-    """The page with `text` between two markers."""
+def cpu_table(rows: Sequence[Row]) -> str:
+    """Ours beside the other ways to compute the same, a line for each case and pass; a dash: no row."""
+    found = {(row.case, row.mode, row.impl): row for row in rows}
+    lines = [
+        "| case | pass | ours, ms | `unfold`, ms | times ours | FlexAttention, ms | times ours "
+        "| ours, MiB | `unfold`, MiB | times ours |",
+        "|---|---|" + "--:|" * 8,
+    ]
+    for case in GROUPS["cpu"]:
+        for mode in ("forward", "forward+backward"):
+            ours, *others = (found.get((case.name, mode, impl)) for impl in ("ours", "unfold", "flex"))
+            if ours is None:
+                continue
+            times = [f"{x.ms_p50:.4g} | {x.ms_p50 / ours.ms_p50:.1f}" if x else "- | -" for x in others]
+            memory = f"{others[0].peak_mib:.4g} | {others[0].peak_mib / ours.peak_mib:.0f}" if others[0] else "- | -"
+            cells = case.name, mode, f"{ours.ms_p50:.4g}", *times, f"{ours.peak_mib:.3g}", memory
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + _measured_on(rows)
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with `text` between the two markers of a name."""
+    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
     head, rest = page.split(begin)
     return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
-    paths = sorted(RESULTS.glob("*.json"), reverse=True)
-    plain, with_options = ([p for p in paths if p.name.startswith(OPTIONS) == wanted] for wanted in (False, True))
-    page = between(PAGE.read_text(), BEGIN, END, "\n".join(tables(load_rows(path)) for path in plain))
-    every = "\n".join(options_table(load_rows(path, options.Row)) for path in with_options)
-    PAGE.write_text(between(page, BEGIN_OPTIONS, END_OPTIONS, every or "No rows yet.\n"))
+    def tables_of(begin: str, table: Callable, kind: type = Row) -> str:
+        paths = sorted(RESULTS.glob(f"{begin}*.json"), reverse=True)
+        return "\n".join(table(load_rows(path, kind)) for path in paths) or "No rows yet.\n"
+
+    page = PAGE.read_text()
+    page = between(page, "GPU", tables_of(GPU, tables))
+    page = between(page, "options", tables_of(OPTIONS, options_table, options.Row))
+    page = between(page, "CPU", tables_of(CPU, cpu_table))
+    PAGE.write_text(page)
+    for stem, names in DRAWN.items():
+        if (path := RESULTS / f"{stem}.json").exists():
+            save_figures(load_rows(path), FIGURES / stem, names)
 
 
 if __name__ == "__main__":

@@ -194,24 +194,6 @@ def test_the_report_has_a_line_for_each_option_and_both_layouts_in_a_cell():
     assert (empty, where) == ("", "Measured on: NVIDIA H200, torch 2.11, triton 3.6, commit 0.")
 
 
-def test_the_report_fills_its_own_place_of_the_page(monkeypatch, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        f"a\n{report.BEGIN}old\n{report.END}b\n{report.BEGIN_OPTIONS}old\n{report.END_OPTIONS}c\n",
-    )
-    monkeypatch.setattr(report, "PAGE", page)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    report.main()
-    assert page.read_text() == (
-        f"a\n{report.BEGIN}\n\n{report.END}b\n{report.BEGIN_OPTIONS}\nNo rows yet.\n\n{report.END_OPTIONS}c\n"
-    )
-    save_rows(tmp_path / "options-h200.json", [ROW], Row)
-    for _ in range(2):  # it can be repeated
-        report.main()
-        inside = f"{report.BEGIN_OPTIONS}\n{report.options_table([ROW])}\n{report.END_OPTIONS}"
-        assert page.read_text() == f"a\n{report.BEGIN}\n\n{report.END}b\n{inside}c\n"
-
-
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_rows_are_valid_and_of_known_jobs(path):
     rows = load_rows(path, Row)

@@ -71,13 +71,13 @@ def against_the_window(rows: Iterable[Row], mode: str = "forward+backward") -> F
 FIGURES = {"floor": share_of_the_floor, "window": against_the_window}
 
 
-def save_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes the figures that the rows make; the same rows make the same bytes."""
+def save_figures(rows: Sequence[Row], folder: Path, names: Iterable[str] = FIGURES) -> list[Path]:
+    """Writes the figures of these names that the rows make; the same rows make the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context({"svg.hashsalt": "image-local-attention", "svg.fonttype": "none"}):
-        for name, draw in FIGURES.items():
-            if figure := draw(rows):
+        for name in names:
+            if figure := FIGURES[name](rows):
                 written.append(folder / f"{name}.svg")
                 figure.savefig(written[-1], metadata={"Date": None})
     return written

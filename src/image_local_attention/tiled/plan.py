@@ -188,11 +188,6 @@ class Plan:
         y, x = (Tiles(Axis(1, tiles.axis.query_count), tiles.side) for tiles in (self.y, self.x))
         return Cover(y, x, self.folded)
 
-    @property
-    def span(self) -> int:
-        """From the first position of a halo to behind the last."""
-        return self.axis.dilation * (self.length - 1) + 1
-
     @cached_property
     def keys(self) -> Cover:
         return Cover(self.y, self.x, 1)

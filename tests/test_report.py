@@ -1,0 +1,81 @@
+"""The tables and figures of the page, made from rows."""
+
+from dataclasses import replace
+
+import pytest
+from benchmarks import options, report
+
+from image_local_attention.bench.cases import GROUPS
+from image_local_attention.bench.rows import Row, load_rows, save_rows
+
+WHERE = {"torch": "2", "triton": None, "gpu": "none", "commit": "0"}
+NONE = dict.fromkeys(("host_ms", "floor_ms", "floor_share", "sketch_ms", "extension_ms"))
+OPTION = options.Row(options.PROBLEMS[0].name, "border mask", "forward", 0.5, 0.25, 2.0, **WHERE)
+
+
+def row(case, impl="ours", mode="forward", l2=None, ms=2.0, **more) -> Row:
+    found = Row(case.name, impl, mode, l2, ms, ms, ms, runs=1, peak_mib=4 * ms, error=1e-3, **NONE, **WHERE)
+    return replace(found, **more)
+
+
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("".join(f"{name}\n<!-- begin: {name} -->\nold\n<!-- end: {name} -->\n" for name in NAMES))
+    monkeypatch.setattr(report, "PAGE", path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
+    return path
+
+
+NAMES = ("GPU", "options", "CPU")
+
+
+def filled(**texts: str) -> str:
+    texts = dict.fromkeys(NAMES, "No rows yet.\n") | texts
+    return "".join(f"{name}\n<!-- begin: {name} -->\n\n{texts[name]}\n<!-- end: {name} -->\n" for name in NAMES)
+
+
+def test_every_table_has_its_place_and_other_text_stays(page, tmp_path):
+    report.main()
+    assert page.read_text() == filled()
+    assert not (tmp_path / "figures").exists()
+    on_cpu = [row(case) for case in GROUPS["cpu"]]
+    both = [row(case, l2="cold", floor_share=0.5, mode=mode) for case in GROUPS["design"][:2] for mode in report.PASSES]
+    save_rows(tmp_path / "options-h200.json", [OPTION], options.Row)
+    save_rows(tmp_path / "cpu.json", [*on_cpu, *(replace(each, mode="forward+backward") for each in on_cpu)])
+    save_rows(tmp_path / "h200.json", both)
+    for _ in range(2):  # it can be repeated
+        report.main()
+        assert page.read_text() == filled(
+            GPU=report.tables(both),
+            options=report.options_table([OPTION]),
+            CPU=report.cpu_table(load_rows(tmp_path / "cpu.json")),
+        )
+    assert {str(path.relative_to(tmp_path / "figures")) for path in tmp_path.glob("figures/*/*")} == {
+        "h200/floor.svg",
+        "cpu/window.svg",
+    }
+
+
+def test_a_cpu_is_compared_with_the_peers_that_have_rows():
+    first, second, _ = GROUPS["cpu"]
+    rows = [row(first), row(first, "unfold", ms=60.0), row(second), row(second, "flex", ms=5.0)]
+    lines = report.cpu_table(rows).splitlines()
+    assert lines[2] == f"| {first.name} | forward | 2 | 60 | 30.0 | - | - | 8 | 240 | 30 |"
+    assert lines[3] == f"| {second.name} | forward | 2 | - | - | 5 | 2.5 | 8 | - | - |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+def test_the_page_shows_the_committed_rows(monkeypatch, tmp_path):
+    folder = report.PAGE.parent
+    committed = report.PAGE.read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(committed)
+    monkeypatch.setattr(report, "PAGE", copy)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
+    report.main()
+    assert copy.read_text() == committed
+    drawn = {path.relative_to(tmp_path / "figures") for path in tmp_path.glob("figures/*/*")}
+    assert all(f"(figures/{path})" in committed for path in drawn)
+    assert drawn == {path.relative_to(folder / "figures") for path in folder.glob("figures/*/*")}

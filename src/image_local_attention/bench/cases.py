@@ -182,6 +182,6 @@ GROUPS = {
 # On a CPU: how many times the time, and the memory, the unfold code is to take against ours.
 CPU_GOALS = {
     (5, "forward"): (30, None),
-    (11, "forward"): (100, 50),
-    (11, "forward+backward"): (60, 50),
+    (11, "forward"): (250, 50),
+    (11, "forward+backward"): (120, 50),
 }

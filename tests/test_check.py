@@ -145,8 +145,8 @@ COMMON = {
     "key_mask": [
         (True, TypeError, "bool"),
         (np.ones((B, H, W), bool), TypeError, "ndarray"),
-        (zeros(B, H, W, dtype=torch.uint8), TypeError, "torch.uint8"),
-        (zeros(B, H, W), TypeError, "torch.float32"),
+        (zeros(B, H, W, dtype=torch.uint8), ValueError, "torch.uint8"),
+        (zeros(B, H, W), ValueError, "torch.float32"),
         (zeros(B, H, W, dtype=torch.bool, device="meta"), TypeError, "meta"),
         (zeros(B, H, W, dtype=torch.bool).to_sparse(), TypeError, "layout torch.sparse_coo"),
         (zeros(B, W, H, dtype=torch.bool), ValueError, f"({B}, {W}, {H})"),

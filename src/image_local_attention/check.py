@@ -199,7 +199,7 @@ def key_mask(x: object, key: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"key_mask must be a tensor [B, Hk, Wk] of bools or None, got {type(x).__name__}")
     if x.dtype != torch.bool:
-        raise TypeError(f"key_mask must be of dtype torch.bool, got {x.dtype}")
+        raise ValueError(f"key_mask must be of dtype torch.bool, got {x.dtype}")
     strided("key_mask", x)
     if x.device != key.device:
         raise TypeError(f"key_mask must be on the device of key, {key.device}, got {x.device}")

@@ -70,9 +70,9 @@ def local_attention(
     a tile sees. Differentiable any number of times, in reverse and forward mode; second derivatives and forward mode
     go through the unfused operators and take their weight map, [B, heads, H, W, kH*kW]. torch.func applies.
 
-    Raises TypeError for an argument of the wrong type, dtype or device; ValueError for one of the wrong shape or
-    value, a combination that has no meaning, or a demanded backend that cannot run; NotImplementedError for
-    forward-mode derivatives in a compiled graph.
+    Raises TypeError for an argument of the wrong type or device, or a map or bias of the wrong dtype; ValueError for
+    one of the wrong shape or value, a key_mask that is not bool, a combination that has no meaning, or a demanded
+    backend that cannot run; NotImplementedError for forward-mode derivatives in a compiled graph.
     """
     check.maps(query=query, key=key, value=value)
     check.same_size("value", value, "key", key)

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-peers gpu-options clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-original gpu-peers gpu-options clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -44,6 +44,9 @@ gpu-memcheck:
 GPU ?= h200
 gpu-bench:
 	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group design --impl ours --warm-up 16 --out benchmarks/results/$(GPU).json
+
+gpu-original:
+	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group original --impl ours --impl unfold --warm-up 16 --out benchmarks/results/$(GPU).json
 
 # Beside all that can be imported: minutes for a case, for FlexAttention compiles.
 gpu-peers:

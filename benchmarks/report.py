@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import options
-from image_local_attention.bench.cases import GROUPS
+from image_local_attention.bench.cases import GROUPS, LAYOUTS, Case
 from image_local_attention.bench.plot import save_figures
 from image_local_attention.bench.rows import Row, load_rows
 
@@ -13,7 +13,8 @@ RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")
 FIGURES = Path("docs/figures")
 PASSES = "forward", "backward"
-DRAWN = {"h200": ["floor"], "cpu": ["window"]}  # figures of the page, by the file of their rows
+# Figures of the page, by the file of their rows, and the groups of cases that they show.
+DRAWN = {"h200": (["floor"], ("design", "models")), "cpu": (["window"], ("cpu",))}
 # The files of results/ by what they begin with: GPUs' rows, CPUs' rows, rows of benchmarks.options.
 GPU, CPU, OPTIONS = "h", "cpu", "options-"
 
@@ -21,7 +22,10 @@ GPU, CPU, OPTIONS = "h", "cpu", "options-"
 def tables(rows: Sequence[Row]) -> str:
     """Both layouts beside each other, a line for each case, and where the rows, all of one GPU, come from."""
     ours = {(row.case, row.mode): row for row in rows if row.impl == "ours" and row.l2 == "cold"}
-    cases = sorted({case.rsplit(" ", 1)[0] for case, _ in ours})
+    sizes = [case.rsplit(" ", 1)[0] for case, mode in ours if mode in PASSES[:1]]
+    cases = sorted({size for size in sizes if sizes.count(size) == len(LAYOUTS)})
+    if not cases:
+        return ""
     lines = [
         "| case | pass | channels_last, ms | share of floor | sketch, ms | NCHW, ms | NCHW / channels_last | error |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -73,7 +77,16 @@ def options_table(rows: Sequence[options.Row]) -> str:
     return "\n".join(lines) + _measured_on(rows)
 
 
+def original_table(rows: Sequence[Row]) -> str:
+    """The original's grid on a GPU; nothing where there are no rows of it beside the unfold code's."""
+    return peers_table(rows, GROUPS["original"]) if any(row.impl == "unfold" for row in rows) else ""
+
+
 def cpu_table(rows: Sequence[Row]) -> str:
+    return peers_table(rows, GROUPS["cpu"])
+
+
+def peers_table(rows: Sequence[Row], cases: Sequence[Case]) -> str:
     """Ours beside the other ways to compute the same, a line for each case and pass; a dash: no row."""
     found = {(row.case, row.mode, row.impl): row for row in rows}
     lines = [
@@ -81,7 +94,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
         "| ours, MiB | `unfold`, MiB | times ours |",
         "|---|---|" + "--:|" * 8,
     ]
-    for case in GROUPS["cpu"]:
+    for case in cases:
         for mode in ("forward", "forward+backward"):
             ours, *others = (found.get((case.name, mode, impl)) for impl in ("ours", "unfold", "flex"))
             if ours is None:
@@ -107,12 +120,14 @@ def main() -> None:
 
     page = PAGE.read_text()
     page = between(page, "GPU", tables_of(GPU, tables))
+    page = between(page, "original", tables_of(GPU, original_table))
     page = between(page, "options", tables_of(OPTIONS, options_table, options.Row))
     page = between(page, "CPU", tables_of(CPU, cpu_table))
     PAGE.write_text(page)
-    for stem, names in DRAWN.items():
+    for stem, (names, groups) in DRAWN.items():
         if (path := RESULTS / f"{stem}.json").exists():
-            save_figures(load_rows(path), FIGURES / stem, names)
+            shown = {case.name for group in groups for case in GROUPS[group]}
+            save_figures([row for row in load_rows(path) if row.case in shown], FIGURES / stem, names)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def page(monkeypatch, tmp_path):
     return path
 
 
-NAMES = ("GPU", "options", "CPU")
+NAMES = ("GPU", "original", "options", "CPU")
 
 
 def filled(**texts: str) -> str:
@@ -79,3 +79,12 @@ def test_the_page_shows_the_committed_rows(monkeypatch, tmp_path):
     drawn = {path.relative_to(tmp_path / "figures") for path in tmp_path.glob("figures/*/*")}
     assert all(f"(figures/{path})" in committed for path in drawn)
     assert drawn == {path.relative_to(folder / "figures") for path in folder.glob("figures/*/*")}
+
+
+def test_the_original_s_grid_stands_beside_the_unfold_code():
+    case = GROUPS["original"][0]
+    rows = [row(case, l2="cold"), row(case, l2="cold", mode="forward+backward"), row(case, "unfold", l2="cold", ms=9.0)]
+    assert report.original_table(rows[:2]) == ""
+    lines = report.original_table(rows).splitlines()
+    assert lines[2] == f"| {case.name} | forward | 2 | 9 | 4.5 | - | - | 8 | 36 | 4 |"
+    assert report.tables(rows) == ""  # it has but one layout

@@ -31,7 +31,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
 def goals_table(rows: Sequence[Row]) -> Table:
     """Unfold against ours, and the goals, for the cases of the group "cpu"."""
     table = Table("kernel", "mode", "unfold ms", "ours ms", "ratio", "goal", "unfold MiB", "ours MiB", "ratio", "goal")
-    found = {(row.case, row.impl, row.mode): row for row in rows}
+    found = {(row.case, row.impl, row.mode): row for row in rows if row.l2 is None}  # of a CPU
     for case in GROUPS["cpu"]:
         for mode in ("forward", "forward+backward"):
             pair = [found.get((case.name, impl, mode)) for impl in ("unfold", "ours")]

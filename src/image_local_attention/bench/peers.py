@@ -80,6 +80,7 @@ def _flex(case: Case) -> Attend:
     """torch's FlexAttention, compiled, over pixels in raster order, with a mask of the window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    torch.compiler.reset()  # torch compiles a function for so many shapes only, and what it has for others is slower
     count, before = case.height * case.width, case.kernel // 2 * case.dilation
 
     def seen(batch, head, query, key):
@@ -105,7 +106,7 @@ def _flex(case: Case) -> Attend:
 def _compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex_suits(case: Case, device: torch.device, free: int) -> bool:

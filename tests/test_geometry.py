@@ -51,4 +51,4 @@ PLAIN = [
 
 @pytest.mark.parametrize(("window", "size", "queries", "plain"), PLAIN)
 def test_plain_windows_slide(window, size, queries, plain):
-    assert Problem(Rules(window), 1, 1, queries, size).plain == plain
+    assert ("plain" in Problem(Rules(window), 1, 1, queries, size).facts) == plain

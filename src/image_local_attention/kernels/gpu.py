@@ -49,4 +49,4 @@ def of(device: torch.device) -> Gpu:
 
 def padded(depth: int) -> int:
     """Channels that a tile holds for a depth: a power of two, at least 16 for the matrix units."""
-    return max(16, triton.next_power_of_2(depth))
+    return max(16, 1 << (depth - 1).bit_length())

@@ -7,7 +7,6 @@ from operator import mul
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ..rules import Rules
 from ..window import Axis, Window
@@ -61,25 +60,10 @@ class Problem:
         return dict(zip(("Y", "X"), spans, strict=True))
 
     @property
-    def plain(self) -> bool:
-        """Whether one window slides over the map, and nothing but it and its border decides on logits."""
-        simple = all(span.slides and span.dilation == 1 and not span.folds for span in self.spans)
-        return simple and not self.rules.window.raster and self.rules.bias is self.rules.key_mask is None
-
-    @property
     def facts(self) -> frozenset[str]:
         """Those of `plan.FACTS` that hold, as far as windows decide."""
-        folds = any(span.folds for span in self.spans)
-        slides = not folds and all(span.slides for span in self.spans)
-        held = {
-            "plain": self.plain,
-            "unbiased": self.rules.bias is None,
-            "slides": slides,
-            "shifts": any(span.shifts for span in self.spans) and not any(span.scaled for span in self.spans),
-            "folds": folds,
-            "gaps": self.spans[1].dilation > 1 and not folds,
-        }
-        return frozenset(fact for fact, holds in held.items() if holds)
+        rules = self.rules
+        return _facts(self.spans, rules.window.raster, rules.bias is not None, rules.key_mask is not None)
 
     def slides(self, transposed: bool) -> bool:
         """Whether the entry of a bias is the distance of key and query plus a constant. transposed: keys are kept."""
@@ -107,6 +91,22 @@ class Problem:
 
 
 # Every call of a model asks for the same few.
+@functools.lru_cache(maxsize=4096)
+def _facts(spans: tuple[Span, Span], raster: bool, biased: bool, masked: bool) -> frozenset[str]:
+    folds = any(span.folds for span in spans)
+    slides = not folds and all(span.slides for span in spans)
+    held = {
+        # one window slides over the map, and nothing but it and its border decides on logits
+        "plain": slides and all(span.dilation == 1 for span in spans) and not (raster or biased or masked),
+        "unbiased": not biased,
+        "slides": slides,
+        "shifts": any(span.shifts for span in spans) and not any(span.scaled for span in spans),
+        "folds": folds,
+        "gaps": spans[1].dilation > 1 and not folds,
+    }
+    return frozenset(fact for fact, holds in held.items() if holds)
+
+
 _spans = functools.lru_cache(maxsize=4096)(spans)
 
 
@@ -245,6 +245,11 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
 
 
+def cdiv(count: int, size: int) -> int:
+    """triton.cdiv for the host, where triton's own takes microseconds to look at its arguments."""
+    return -(-count // size)
+
+
 def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:
     """The way to read a map of a layout. side_by_side: whether its columns are read one after the other."""
     way = gpu.way(layout, by_pointer)
@@ -268,9 +273,10 @@ def strides(*tensors: Tensor | None) -> tuple[tuple[int, ...] | None, ...]:
 
 def wide(addressed: tuple[Tensor | None, ...]) -> bool:
     """Whether offsets within one head of one image take 64 bits."""
-    return any(_span(x) >= 2**31 for x in addressed if x is not None)
+    return any(_span(x.shape, x.stride()) >= 2**31 for x in addressed if x is not None)
 
 
-def _span(x: Tensor) -> int:
+@functools.lru_cache(maxsize=4096)
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of one head of one image."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True))
+    return sum((size - 1) * stride for size, stride in zip(shape[2:], strides[2:], strict=True))

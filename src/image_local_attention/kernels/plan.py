@@ -6,6 +6,7 @@ three times in registers, so its tiles are the smallest that a matrix unit takes
 copies begin on whole vectors, so tiles are as wide (8 columns of halves, 4 of fp32), and 16 wide where sectors pay.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -335,6 +336,7 @@ def undivided(task: str, product: str, depth: int, kernel: int, dilation: int, b
     return _COLUMNS + (kernel - 1) * dilation <= most * (_COLUMNS + kernel - 1)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(
     task: str,
     product: str,

@@ -1,5 +1,6 @@
 """How a kernel reads a map: through a tensor descriptor where strides allow it, else through pointers."""
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +30,10 @@ class Source:
 
 def layout_of(x: Tensor) -> str:
     """Which way's descriptor the map's strides and address allow, "rows" or "planes", else "pointer"."""
-    return next((way for way, order in _ORDERS.items() if _descriptor_strides(x, order) is not None), "pointer")
+    if x.data_ptr() % _ALIGNMENT:
+        return "pointer"
+    geometry = x.shape, x.stride(), x.element_size()
+    return next((way for way in _ORDERS if _descriptor_strides(way, *geometry) is not None), "pointer")
 
 
 def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
@@ -39,7 +43,8 @@ def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
     order = _ORDERS[way]
     shape = [x.shape[axis] for axis in order]
     box = [(1, 1, *block, padded(x.shape[4]))[axis] for axis in order]
-    return Source(TensorDescriptor(x, shape, _descriptor_strides(x, order), box), x.stride(), way)
+    steps = _descriptor_strides(way, x.shape, x.stride(), x.element_size())
+    return Source(TensorDescriptor(x, shape, steps, box), x.stride(), way)
 
 
 def column_step(x: Tensor, way: str, tile_width: int) -> int:
@@ -49,14 +54,17 @@ def column_step(x: Tensor, way: str, tile_width: int) -> int:
     return max(_ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
 
 
-def _descriptor_strides(x: Tensor, order: tuple[int, ...]) -> list[int] | None:
-    """Strides in the given order if a descriptor takes them: innermost 1, all others multiples of 16 bytes."""
-    step = _ALIGNMENT // x.element_size()
+@functools.lru_cache(maxsize=4096)
+def _descriptor_strides(
+    way: str, shape: tuple[int, ...], strides: tuple[int, ...], element_size: int
+) -> list[int] | None:
+    """Strides in a way's order if a descriptor takes them: innermost 1, all others multiples of 16 bytes."""
+    step = _ALIGNMENT // element_size
+    *outer, inner = _ORDERS[way]
     # The stride of an axis of size 1 is never used, whatever torch says it is.
-    outer = [x.stride(axis) if x.shape[axis] > 1 else step for axis in order[:-1]]
-    inner = order[-1]
-    if x.stride(inner) != 1 and x.shape[inner] > 1:
+    steps = [strides[axis] if shape[axis] > 1 else step for axis in outer]
+    if strides[inner] != 1 and shape[inner] > 1:
         return None
-    if x.data_ptr() % _ALIGNMENT or any(stride % step or stride <= 0 for stride in outer):
+    if any(stride % step or stride <= 0 for stride in steps):
         return None
-    return outer + [1]
+    return [*steps, 1]

@@ -45,6 +45,7 @@ GPU ?= h200
 gpu-bench:
 	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group design --impl ours --warm-up 16 --out benchmarks/results/$(GPU).json
 
+# The original's grid, beside the unfold code.
 gpu-original:
 	PYTHONPATH=src $(PYTHON) -m image_local_attention.cli bench --group original --impl ours --impl unfold --warm-up 16 --out benchmarks/results/$(GPU).json
 

@@ -13,17 +13,22 @@ RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")
 FIGURES = Path("docs/figures")
 PASSES = "forward", "backward"
+BOTH_LAYOUTS = "design", "models"  # the groups whose cases come in each
 # Figures of the page, by the file of their rows, and the groups of cases that they show.
-DRAWN = {"h200": (["floor"], ("design", "models")), "cpu": (["window"], ("cpu",))}
+DRAWN = {"h200": (["floor"], BOTH_LAYOUTS), "cpu": (["window"], ("cpu",))}
 # The files of results/ by what they begin with: GPUs' rows, CPUs' rows, rows of benchmarks.options.
 GPU, CPU, OPTIONS = "h", "cpu", "options-"
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Both layouts beside each other, a line for each case, and where the rows, all of one GPU, come from."""
-    ours = {(row.case, row.mode): row for row in rows if row.impl == "ours" and row.l2 == "cold"}
-    sizes = [case.rsplit(" ", 1)[0] for case, mode in ours if mode in PASSES[:1]]
-    cases = sorted({size for size in sizes if sizes.count(size) == len(LAYOUTS)})
+    """Both layouts beside each other, a line for each case, group by group; the rows are all of one GPU."""
+    ours = [row for row in rows if row.impl == "ours" and row.l2 == "cold"]
+    return "\n".join(filter(None, (layouts_table(_of_cases(ours, GROUPS[group]), group) for group in BOTH_LAYOUTS)))
+
+
+def layouts_table(rows: Sequence[Row], group: str) -> str:
+    ours = {(row.case, row.mode): row for row in rows}
+    cases = sorted({case.rsplit(" ", 1)[0] for case, _ in ours})
     if not cases:
         return ""
     lines = [
@@ -32,7 +37,7 @@ def tables(rows: Sequence[Row]) -> str:
     ]
     for case in cases:
         for mode in PASSES:
-            last, planes = (ours[f"{case} {layout}", mode] for layout in ("channels_last", "nchw"))
+            last, planes = (ours[f"{case} {layout}", mode] for layout in LAYOUTS)
             share = "" if last.floor_share is None else f"{last.floor_share:.0%}"
             sketch = "" if last.sketch_ms is None else f"{last.sketch_ms:.4g}"
             lines.append(
@@ -44,10 +49,15 @@ def tables(rows: Sequence[Row]) -> str:
         ratio = [ours[f"{case} nchw", mode].ms_p50 / ours[f"{case} channels_last", mode].ms_p50 for case in cases]
         against = f"{_mean(speed):.2f} times the sketch's speed (slowest case {min(speed):.2f}); " if speed else ""
         lines.append(
-            f"\nGeometric means, {mode}: {against}"
+            f"\nGeometric means, {group}, {mode}: {against}"
             f"NCHW takes {_mean(ratio):.2f} times as long as channels_last (at most {max(ratio):.2f})."
         )
     return "\n".join(lines) + _measured_on(rows)
+
+
+def _of_cases(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
+    names = {case.name for case in cases}
+    return [row for row in rows if row.case in names]
 
 
 def _mean(factors: Sequence[float]) -> float:
@@ -83,11 +93,13 @@ def original_table(rows: Sequence[Row]) -> str:
 
 
 def cpu_table(rows: Sequence[Row]) -> str:
+    """The CPU's goals."""
     return peers_table(rows, GROUPS["cpu"])
 
 
 def peers_table(rows: Sequence[Row], cases: Sequence[Case]) -> str:
     """Ours beside the other ways to compute the same, a line for each case and pass; a dash: no row."""
+    rows = [row for row in _of_cases(rows, cases) if row.l2 != "hot"]
     found = {(row.case, row.mode, row.impl): row for row in rows}
     lines = [
         "| case | pass | ours, ms | `unfold`, ms | times ours | FlexAttention, ms | times ours "
@@ -116,7 +128,7 @@ def between(page: str, name: str, text: str) -> str:
 def main() -> None:
     def tables_of(begin: str, table: Callable, kind: type = Row) -> str:
         paths = sorted(RESULTS.glob(f"{begin}*.json"), reverse=True)
-        return "\n".join(table(load_rows(path, kind)) for path in paths) or "No rows yet.\n"
+        return "\n".join(filter(None, (table(load_rows(path, kind)) for path in paths))) or "No rows yet.\n"
 
     page = PAGE.read_text()
     page = between(page, "GPU", tables_of(GPU, tables))
@@ -126,8 +138,8 @@ def main() -> None:
     PAGE.write_text(page)
     for stem, (names, groups) in DRAWN.items():
         if (path := RESULTS / f"{stem}.json").exists():
-            shown = {case.name for group in groups for case in GROUPS[group]}
-            save_figures([row for row in load_rows(path) if row.case in shown], FIGURES / stem, names)
+            cases = [case for group in groups for case in GROUPS[group]]
+            save_figures(_of_cases(load_rows(path), cases), FIGURES / stem, names)
 
 
 if __name__ == "__main__":

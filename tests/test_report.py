@@ -88,3 +88,17 @@ def test_the_original_s_grid_stands_beside_the_unfold_code():
     lines = report.original_table(rows).splitlines()
     assert lines[2] == f"| {case.name} | forward | 2 | 9 | 4.5 | - | - | 8 | 36 | 4 |"
     assert report.tables(rows) == ""  # it has but one layout
+
+
+def test_a_table_names_the_commits_of_its_own_rows():
+    design, model = (
+        [row(case, l2="cold", mode=mode, commit=group) for case in GROUPS[group][:2] for mode in report.PASSES]
+        for group in report.BOTH_LAYOUTS
+    )
+    (first, second), original = report.tables([*design, *model]).split("\n| case")[:2], GROUPS["original"][0]
+    assert ("commit design." in first, "commit models." in first) == (True, False)
+    assert ("commit design." in second, "commit models." in second) == (False, True)
+    both = [row(original, impl, l2="cold", commit="original") for impl in ("ours", "unfold")]
+    assert report.original_table([*design, *both]).count("commit") == 1
+    hot = row(original, l2="hot", ms=99.0)
+    assert report.original_table([*both, hot]) == report.original_table(both)

@@ -1,5 +1,6 @@
 """The benchmarks: baselines, floors, measurement, errors against fp64, and the rows that are kept."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -11,10 +12,10 @@ import torch
 from image_local_attention.bench.cases import CPU_GOALS, GROUPS, MODES, PROTOTYPE, Case, extension_ms, sketch_ms
 from image_local_attention.bench.exact import error, exact_results, regions
 from image_local_attention.bench.measure import MIB, Measurement, measure
-from image_local_attention.bench.peers import PEERS
+from image_local_attention.bench.peers import PEERS, Peer
 from image_local_attention.bench.rows import load_rows, row_of, save_rows
 from image_local_attention.bench.tables import goals_table
-from image_local_attention.bench.timing import passes, warm_up
+from image_local_attention.bench.timing import passes, time_case, warm_up
 from image_local_attention.bench.unfold import unfold_attention, unfold_similarity, unfold_weighting
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("h*.json"))
@@ -254,3 +255,19 @@ def test_the_goals_are_judged_by_their_ratios():
 def test_a_warm_up_that_fails_is_told_and_breaks_nothing(capfd):
     assert warm_up([SMALL], 2) == [SMALL]
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_every_case_of_a_peer_that_compiles_is_compiled(monkeypatch):
+    """However many shapes torch would compile one function for."""
+    monkeypatch.setitem(PEERS, "compiled", Peer(lambda case: _compiled, lambda *_: True, compiles=True))
+    cases = [Case(1, 8, 4 + i, 1, 16, 3, "fp32", layout="nchw") for i in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for case in cases:
+            assert [
+                mode for mode, *_ in time_case(case, "compiled", torch.device("cpu"), ("forward",), False, 0.01)
+            ] == ["forward"]
+
+
+@functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="eager")
+def _compiled(query, key, value):
+    return query + key + value

@@ -80,7 +80,6 @@ def _flex(case: Case) -> Attend:
     """torch's FlexAttention, compiled, over pixels in raster order, with a mask of the window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    torch.compiler.reset()  # torch compiles a function for so many shapes only, and what it has for others is slower
     count, before = case.height * case.width, case.kernel // 2 * case.dilation
 
     def seen(batch, head, query, key):

@@ -54,6 +54,8 @@ def time_case(
     problem = peer.problem(case)
     exact = [(region, exact_results(problem, maps, region)) for region in regions(problem)]
     results: list[tuple[Tensor, ...]] = []
+    if peer.compiles:
+        torch.compiler.reset()  # torch compiles a function for so many shapes, and refuses those after them
     with matmul_precision(case.precision):
         for mode, run in passes(peer.make(case), maps, modes):
             if peer.compiles:

@@ -42,9 +42,10 @@ LAW = {
 _TILE = {"kernels.geometry", "kernels.tile"}
 KERNEL_LAW = {
     "kernels.geometry": set(),
+    "kernels.integers": set(),
     "kernels.tile": {"kernels.geometry"},
     "kernels.softmax": {"kernels.tile"},
-    "kernels.table": {"kernels.tile"},
+    "kernels.table": {"kernels.integers", "kernels.tile"},
     "kernels.terms": _TILE | {"kernels.table"},
     "kernels.attention": _TILE | {"kernels.softmax", "kernels.table", "kernels.terms"},
     "kernels.unfused": _TILE | {"kernels.terms"},

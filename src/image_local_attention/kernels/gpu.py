@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .integers import next_power_of_2
+
 # How products are taken: of halves, of fp32 rounded to TF32, of fp32 exactly in three passes of TF32, or as it is.
 PRODUCTS = ("half", "tf32", "three-pass", "exact")
 
@@ -49,4 +51,4 @@ def of(device: torch.device) -> Gpu:
 
 def padded(depth: int) -> int:
     """Channels that a tile holds for a depth: a power of two, at least 16 for the matrix units."""
-    return max(16, 1 << (depth - 1).bit_length())
+    return max(16, next_power_of_2(depth))

@@ -7,10 +7,10 @@ ROWS rows of entries, or one of each.
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from ..rules import Rules
 from .bias import bias_gradient_kernel, pair_sums_kernel
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, Problem, depths, strides, ways, wide
 
 TILE = 4, 16

@@ -13,6 +13,7 @@ from ..window import Axis, Window
 from . import gpu as gpus
 from . import plan
 from .geometry import Span, images, spans
+from .integers import cdiv
 from .source import Source, column_step, layout_of, source
 from .table import ceiling, table
 
@@ -243,11 +244,6 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     tiles_x = cdiv(cdiv(w, x.lattice) + shift, tile[1]) * x.lattice
     grid = heads * tiles_x, tiles_y, batch
     return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
-
-
-def cdiv(count: int, size: int) -> int:
-    """triton.cdiv for the host, where triton's own takes microseconds to look at its arguments."""
-    return -(-count // size)
 
 
 def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:

@@ -44,7 +44,7 @@ def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
     shape = [x.shape[axis] for axis in order]
     box = [(1, 1, *block, padded(x.shape[4]))[axis] for axis in order]
     steps = _descriptor_strides(way, x.shape, x.stride(), x.element_size())
-    return Source(TensorDescriptor(x, shape, steps, box), x.stride(), way)
+    return Source(TensorDescriptor(x, shape, list(steps), box), x.stride(), way)
 
 
 def column_step(x: Tensor, way: str, tile_width: int) -> int:
@@ -57,7 +57,7 @@ def column_step(x: Tensor, way: str, tile_width: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _descriptor_strides(
     way: str, shape: tuple[int, ...], strides: tuple[int, ...], element_size: int
-) -> list[int] | None:
+) -> tuple[int, ...] | None:
     """Strides in a way's order if a descriptor takes them: innermost 1, all others multiples of 16 bytes."""
     step = _ALIGNMENT // element_size
     *outer, inner = _ORDERS[way]
@@ -67,4 +67,4 @@ def _descriptor_strides(
         return None
     if any(stride % step or stride <= 0 for stride in steps):
         return None
-    return [*steps, 1]
+    return *steps, 1

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_cuda
 
+from .integers import cdiv
 from .tile import INTERPRETED
 
 FRAME_BLOCK = 1024
@@ -38,7 +39,7 @@ def _framed(x: Tensor, margins: tuple[int, int], ceiling: bool) -> Tensor:
     height, width = h + 2 * margin_y, w + 2 * margin_x
     framed = x.new_empty((n, height, width), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        frame_kernel[triton.cdiv(framed.numel(), FRAME_BLOCK),](
+        frame_kernel[cdiv(framed.numel(), FRAME_BLOCK),](
             *(x, framed, x.stride(), framed.numel()),
             *(h, w, height, width, margin_y, margin_x),
             CEILING=ceiling,

@@ -89,7 +89,17 @@ def options_table(rows: Sequence[options.Row]) -> str:
 
 def original_table(rows: Sequence[Row]) -> str:
     """The original's grid on a GPU; nothing where there are no rows of it beside the unfold code's."""
-    return peers_table(rows, GROUPS["original"]) if any(row.impl == "unfold" for row in rows) else ""
+    return _beside(rows, "original", "unfold")
+
+
+def models_table(rows: Sequence[Row]) -> str:
+    """Image models on a GPU; nothing where there are no rows of them beside FlexAttention's."""
+    return _beside(rows, "models", "flex")
+
+
+def _beside(rows: Sequence[Row], group: str, impl: str) -> str:
+    there = any(row.impl == impl for row in _of_cases(rows, GROUPS[group]))
+    return peers_table(rows, GROUPS[group]) if there else ""
 
 
 def cpu_table(rows: Sequence[Row]) -> str:
@@ -133,6 +143,7 @@ def main() -> None:
     page = PAGE.read_text()
     page = between(page, "GPU", tables_of(GPU, tables))
     page = between(page, "original", tables_of(GPU, original_table))
+    page = between(page, "models", tables_of(GPU, models_table))
     page = between(page, "options", tables_of(OPTIONS, options_table, options.Row))
     page = between(page, "CPU", tables_of(CPU, cpu_table))
     PAGE.write_text(page)

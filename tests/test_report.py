@@ -28,7 +28,7 @@ def page(monkeypatch, tmp_path):
     return path
 
 
-NAMES = ("GPU", "original", "options", "CPU")
+NAMES = ("GPU", "original", "models", "options", "CPU")
 
 
 def filled(**texts: str) -> str:
@@ -88,6 +88,13 @@ def test_the_original_s_grid_stands_beside_the_unfold_code():
     lines = report.original_table(rows).splitlines()
     assert lines[2] == f"| {case.name} | forward | 2 | 9 | 4.5 | - | - | 8 | 36 | 4 |"
     assert report.tables(rows) == ""  # it has but one layout
+
+
+def test_image_models_stand_beside_flex_attention():
+    case, elsewhere = GROUPS["models"][0], GROUPS["original"][0]
+    rows = [row(case, l2="cold"), row(elsewhere, "flex", l2="cold"), row(case, "flex", l2="cold", ms=3.0)]
+    assert report.models_table(rows[:2]) == ""
+    assert report.models_table(rows).splitlines()[2] == f"| {case.name} | forward | 2 | - | - | 3 | 1.5 | 8 | - | - |"
 
 
 def test_a_table_names_the_commits_of_its_own_rows():

@@ -83,19 +83,20 @@ class Problem:
         asked = {"border": case.border} | BY_NAME[option].arguments_for(case)
         window = check.window(case.kernel, *(asked.get(name, usual) for name, usual in GEOMETRY.items()))
         self.rules = Rules(window, 1.0, asked.get("bias"), asked.get("key_mask"), case.precision)
+        self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
         if exact:
             out, self.lse = kernels.attention(*self.maps[:3], self.rules)
-            self.delta = kernels._delta(self.maps[3], None, out, self.rules)
-        else:
-            self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
+            kernels._delta(self.maps[3], None, out, self.delta, self.rules)
 
     def run(self, task: str) -> tuple[Tensor, ...]:
         query, key, value, grad_out = self.maps
         inputs = *self.maps, self.lse, self.delta
         if task == "forward":
-            return kernels.attention(query, key, value, self.rules)
+            with kernels.native.portable():
+                return kernels.attention(query, key, value, self.rules)
         if task == "delta":
-            return (kernels._delta(grad_out, None, grad_out, self.rules),)
+            kernels._delta(grad_out, None, grad_out, self.delta, self.rules)
+            return (self.delta,)
         grads = self.grads[:1] if task == "grad_query" else self.grads[1:]
         launch = kernels._grad_query if task == "grad_query" else kernels._grad_key_value
         launch(*inputs, *grads, self.rules)

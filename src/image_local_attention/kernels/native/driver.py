@@ -10,7 +10,7 @@ from ..integers import cdiv
 
 _SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16: copies do not look at what they move
-_SWIZZLE = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes of a box's innermost axis
+_SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes
 _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _STEP = 8  # halves in 16 bytes, of which strides are multiples
@@ -35,16 +35,29 @@ class Kernel:
         _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
 
 
-def tensor_map(x: Tensor, box: tuple[int, int, int]) -> bytes:
-    """Of heads [B, heads, H, W, D] that lie side by side as one axis; box: channels, columns and rows of a copy."""
-    return _tensor_map(x.data_ptr(), x.shape, x.stride(), box)
+def tensor_map(x: Tensor, planes: bool, box: tuple[int, int, int], swizzled: int) -> bytes:
+    """Of heads [B, heads, H, W, D] whose channels, or rows in `planes`, lie one after the other.
+
+    box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. swizzled: bytes of its
+    pattern, 0 is none.
+    """
+    return _tensor_map(x.data_ptr(), x.shape, x.stride(), planes, box, swizzled)
 
 
 @functools.lru_cache(maxsize=1024)
-def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int]) -> bytes:
+def _tensor_map(
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    planes: bool,
+    box: tuple[int, int, int],
+    swizzled: int,
+) -> bytes:
     batch, heads, h, w, depth = shape
+    sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
+    axes = (2, 4, 0) if planes else (3, 2, 0)
     # the stride of an axis of size 1 is never used, but has to be one
-    steps = [strides[axis] * 2 if shape[axis] > 1 else _STEP * 2 for axis in (3, 2, 0)]
+    steps = [strides[axis] * 2 if size > 1 else _STEP * 2 for axis, size in zip(axes, sizes[1:], strict=True)]
     room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     start = -ctypes.addressof(room) % _MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(
@@ -52,12 +65,12 @@ def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], 
         _UINT16,
         4,
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 4)(heads * depth, w, h, batch),
+        (ctypes.c_uint64 * 4)(*sizes),
         (ctypes.c_uint64 * 3)(*steps),
         (ctypes.c_uint32 * 4)(*box, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,
-        _SWIZZLE[box[0] * 2],
+        _SWIZZLE[swizzled],
         _PROMOTION,
         0,
     )

@@ -58,9 +58,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     barrier_init(barrier), barrier_init(value_barrier), barriers_ready();
     barrier_expect(barrier, TILE_BYTES + HALO_BYTES);
     copy_in(query, a.query, barrier, at.channel, at.x, at.y, at.image);
-    copy_in(key, a.key, barrier, at.channel, at.x - LEAD_X, at.y - LEAD_Y, at.image);
+    copy_in(key, a.key, barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
     barrier_expect(value_barrier, HALO_BYTES);
-    copy_in(value, a.value, value_barrier, at.channel, at.x - LEAD_X, at.y - LEAD_Y, at.image);
+    copy_in(value, a.value, value_barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
   }
   const Visibility visibility(l);
   const u32 kept = l.kept(query);
@@ -104,11 +104,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     }
     const float low = sum_of_row(softmax.sum_low), high = sum_of_row(softmax.sum_high);
     store_kept(kept, step, softmax.o, 1.0f / low, 1.0f / high);
-    const int y = at.y + l.sub_y + l.group / SIDE, x = at.x + l.sub_x + l.group % SIDE;
+    const int y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
     if (l.member == 0 && x < a.width) {
       float* lse = a.lse + (((long long)at.image * a.heads + at.first_head + head) * a.height + y) * a.width + x;
       if (y < a.height) lse[0] = (softmax.low + __log2f(low)) * LN2;
-      if (y + 2 < a.height) lse[2 * a.width] = (softmax.high + __log2f(high)) * LN2;
+      if (y + NEXT_ROWS < a.height) lse[NEXT_ROWS * a.width] = (softmax.high + __log2f(high)) * LN2;
     }
   }
   writes_visible_to_copies();

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   Row* rows = reinterpret_cast<Row*>(raw + (barrier + 16 - start));
   const Place at(a.heads);
   const Lane l;
-  const int halo_x = at.x - (KERNEL_W - 1 - LEAD_X), halo_y = at.y - (KERNEL_H - 1 - LEAD_Y);
+  const int halo_x = at.x - (KERNEL_W - 1 - LEAD_X) - PAD, halo_y = at.y - (KERNEL_H - 1 - LEAD_Y);
   if (l.thread == 0) {
     barrier_init(barrier), barriers_ready();
     barrier_expect(barrier, 2 * (TILE_BYTES + HALO_BYTES));
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
         const int first = 16 * pair + 8 * i + 2 * l.member;
         Rows of;
         if (ADJACENT)
-          of = *reinterpret_cast<const Rows*>(row + l.halo_pixel_of_two(first));
+          of = *reinterpret_cast<const Rows*>(row + l.halo_pixel(first, SEEN - 2));
         else
           of = {row[l.halo_pixel(first)], row[l.halo_pixel(first + 1)]};
         p[i][0] = exp2_of(fmaf(p[i][0], a.scale_log2, -of.first.lse));

@@ -15,7 +15,7 @@ INLINE void row_products(float& low, float& high, const u32 (&grad)[STEPS][4], u
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 o[4];
-    load_fragments(o, at_step(out, first_step + step));
+    load_fragments<PLANES>(o, tile_step(out, first_step + step));
     low += product_of_two(grad[step][0], o[0]) + product_of_two(grad[step][2], o[2]);
     high += product_of_two(grad[step][1], o[1]) + product_of_two(grad[step][3], o[3]);
   }
@@ -34,13 +34,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     copy_in(query, a.query, barrier, at.channel, at.x, at.y, at.image);
     copy_in(grad, a.grad_out, barrier, at.channel, at.x, at.y, at.image);
     copy_in(out, a.out, barrier, at.channel, at.x, at.y, at.image);
-    copy_in(key, a.key, barrier, at.channel, at.x - LEAD_X, at.y - LEAD_Y, at.image);
-    copy_in(value, a.value, barrier, at.channel, at.x - LEAD_X, at.y - LEAD_Y, at.image);
+    copy_in(key, a.key, barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
+    copy_in(value, a.value, barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
   }
   const Visibility visibility(l);
   const u32 kept = l.kept(query);
-  const int y = at.y + l.sub_y + l.group / SIDE, x = at.x + l.sub_x + l.group % SIDE;
-  const bool low_there = x < a.width && y < a.height, high_there = x < a.width && y + 2 < a.height;
+  const int y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
+  const int next = NEXT_ROWS * a.width;
+  const bool low_there = x < a.width && y < a.height, high_there = x < a.width && y + NEXT_ROWS < a.height;
   __syncthreads();
 
 #pragma unroll 1
@@ -48,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     const int step = head * STEPS;
     const long long pixel = (((long long)at.image * a.heads + at.first_head + head) * a.height + y) * a.width + x;
     const float lse_low = low_there ? a.lse[pixel] * LOG2E : 0.0f;
-    const float lse_high = high_there ? a.lse[pixel + 2 * a.width] * LOG2E : 0.0f;
+    const float lse_high = high_there ? a.lse[pixel + next] * LOG2E : 0.0f;
     barrier_wait(barrier);
     u32 q[STEPS][4], g[STEPS][4];
     load_kept(q, kept, step);
@@ -57,10 +58,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     row_products(delta_low, delta_high, g, kept + (out - query), step);
     if (a.grad_lse) {
       delta_low -= low_there ? a.grad_lse[pixel] : 0.0f;
-      delta_high -= high_there ? a.grad_lse[pixel + 2 * a.width] : 0.0f;
+      delta_high -= high_there ? a.grad_lse[pixel + next] : 0.0f;
     }
     if (l.member == 0 && low_there) a.delta[pixel] = delta_low;
-    if (l.member == 0 && high_there) a.delta[pixel + 2 * a.width] = delta_high;
+    if (l.member == 0 && high_there) a.delta[pixel + next] = delta_high;
     float sum[2 * STEPS][4];
     zero(sum);
 #pragma unroll UNROLL

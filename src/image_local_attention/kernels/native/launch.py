@@ -17,7 +17,7 @@ from ..launch import Problem
 from ..source import layout_of
 from . import nvrtc
 from .driver import Kernel, tensor_map
-from .plan import Plan, choose
+from .plan import Plan, Shape, choose, shape, shared
 
 _ARCH = 90  # the first with tensor copies
 _serving = True
@@ -38,10 +38,11 @@ def portable() -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """What a kernel is compiled for; `group` is of heads, the others but the dtype are of an axis."""
+    """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes."""
 
     task: str
     plan: Plan
+    planes: bool
     dtype: torch.dtype
     depth: int
     group: int
@@ -49,11 +50,16 @@ class Compiled(NamedTuple):
     lead: tuple[int, int]
 
     @property
+    def shape(self) -> Shape:
+        return shape(self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.planes)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
-        pairs, step = self.plan.pairs(self.kernel), "CHUNK" if self.task == "forward" else "UNROLL"
+        held = self.shape
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
+            "PLANES": int(self.planes),
             "DEPTH": self.depth,
             "GROUP": self.group,
             "KERNEL_H": self.kernel[0],
@@ -62,9 +68,10 @@ class Compiled(NamedTuple):
             "LEAD_X": self.lead[1],
             "TILE_H": self.plan.tile[0],
             "TILE_W": self.plan.tile[1],
+            "PAD": held.pad,
             "WARPS": self.plan.warps,
             "RESIDENT": self.plan.resident,
-            step: min(self.plan.step, pairs),
+            "CHUNK" if self.task == "forward" else "UNROLL": min(self.plan.step, held.pairs),
         }
         return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
 
@@ -74,7 +81,12 @@ class Compiled(NamedTuple):
 
     @property
     def shared(self) -> int:
-        return self.plan.shared(self.task, self.group, self.depth, self.kernel)
+        return shared(self.task, self.plan, self.group, self.depth, self.shape)
+
+
+def _lead(task: str, kernel: int, lead: int) -> int:
+    """From the first pixel that a kept one sees to it, for a window whose first key lies `lead` before the query."""
+    return kernel - 1 - lead if task == "grad_key_value" else lead
 
 
 @functools.cache
@@ -87,15 +99,20 @@ class Native:
 
     def __init__(self, compiled: Compiled, device: torch.device) -> None:
         self._kernel, self._device = _loaded(compiled, device), device
-        th, tw = compiled.plan.tile
-        channels, (kh, kw) = compiled.group * compiled.depth, compiled.kernel
-        self._group, self._tile = compiled.group, (th, tw)
-        self._kept, self._streamed = (channels, tw, th), (channels, tw + kw - 1, th + kh - 1)
+        self._group, self._tile = compiled.group, compiled.plan.tile
+        channels, planes = compiled.group * compiled.depth, compiled.planes
+        (th, tw), (halo_h, halo_w) = self._tile, compiled.shape.halo
+        if planes:  # a pattern is as wide as the rows of a copy
+            self._kept = planes, (tw, th, channels), 2 * tw * (tw > 8)
+            self._streamed = planes, (halo_w, halo_h, channels), 64 * (halo_w == 32)
+        else:
+            self._kept = planes, (channels, tw, th), 2 * channels
+            self._streamed = planes, (channels, halo_w, halo_h), 2 * channels
 
     def __call__(self, kept: dict[int, Tensor], streamed: dict[int, Tensor], numbers: bytes) -> None:
         """kept, streamed: maps by their place among the kernel's arguments, which `numbers` follow."""
-        boxed = {i: (x, self._kept) for i, x in kept.items()} | {i: (x, self._streamed) for i, x in streamed.items()}
-        arguments = b"".join(tensor_map(*boxed[i]) for i in range(len(boxed))) + numbers
+        copies = {i: (x, *self._kept) for i, x in kept.items()} | {i: (x, *self._streamed) for i, x in streamed.items()}
+        arguments = b"".join(tensor_map(*copies[i]) for i in range(len(copies))) + numbers
         batch, heads, h, w, _ = kept[min(kept)].shape
         th, tw = self._tile
         with torch.cuda.device(self._device):
@@ -128,14 +145,15 @@ def native(task: str, problem: Problem, maps: tuple[Tensor, ...]) -> Native | No
         return None
     if not _slides(problem.spans) or not _available(device):
         return None
-    if any(x.shape[4] != depth or not _side_by_side(x) for x in maps):
+    planes = layout_of(first) == "planes"
+    if any(x.shape[4] != depth or not _lies_in_a_row(x, planes) for x in maps):
         return None
-    kernel = rules.window.kernel
-    plan = choose(task, heads, depth, kernel, _shared_limit(device))
+    kernel, lead = rules.window.kernel, (problem.spans[0].lead, problem.spans[1].lead)
+    plan = choose(task, planes, heads, depth, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(first.shape[0], cdiv(h, plan.tile[0])) > _MOST_BLOCKS:
         return None
-    lead = problem.spans[0].lead, problem.spans[1].lead
-    return _native(Compiled(task, plan, first.dtype, depth, plan.group(heads, depth), kernel, lead), device)
+    group = plan.group(heads, depth, planes)
+    return _native(Compiled(task, plan, planes, first.dtype, depth, group, kernel, lead), device)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:
@@ -156,9 +174,10 @@ def _shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _side_by_side(x: Tensor) -> bool:
-    """Whether a tensor map reads the channels of all heads as one axis."""
-    return layout_of(x) == "rows" and (x.shape[1] == 1 or x.stride(1) == x.shape[4])
+def _lies_in_a_row(x: Tensor, planes: bool) -> bool:
+    """Whether a tensor map reads the channels of all heads as one axis, whole vectors of channels or columns."""
+    in_a_row = x.shape[1] == 1 or x.stride(1) == x.shape[4] * x.stride(4)
+    return in_a_row and layout_of(x) == ("planes" if planes else "rows")
 
 
 def numbers(form: str, *values: object) -> bytes:

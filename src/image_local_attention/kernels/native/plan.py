@@ -1,9 +1,9 @@
 """Plans of the native kernels: a short table of measured facts, which also says what they serve.
 
-What decides: a warp's 4x4 pixels see few keys that count for none of them, so tiles of warps need no other shape than
-what makes halos cheap: of 8x8 pixels, or of few rows where several heads share the copies of a pixel. A window is
-served as long as its halo leaves room for several blocks on a multiprocessor; wider ones are read over and over from
-the L2 cache, and Triton's kernels, which hold less of them at once, are as fast.
+What decides: a warp's 16 pixels see few keys that count for none of them, so tiles need no other shape than what makes
+halos cheap: 8x8 pixels, or few rows where several heads share the copies of a pixel, or where columns lie side by side.
+A window is served as long as its halo leaves room for several blocks on a multiprocessor; wider ones are read over and
+over from the L2 cache, and Triton's kernels, which hold less of them at once, are as fast.
 """
 
 import functools
@@ -12,18 +12,19 @@ from typing import NamedTuple
 
 from ..integers import cdiv
 
-SIDE = 4  # pixels of a warp's subtile on each axis
 _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
 _BARRIERS = 16  # bytes
+_VECTOR = 8  # halves in 16 bytes: columns of a block where these lie side by side
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`tile` kept pixels (rows, columns) of which a warp takes 4x4, `warps` of a block.
+    """`tile` kept pixels (rows, columns), `warps` of a block.
 
     resident: blocks that are to share a multiprocessor, which bounds the registers of a thread. step: pairs of blocks
-    of 8 keys that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
-    pixel_bytes: of a pixel that a copy takes at most; several heads where these are less deep.
+    of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
+    pixel_bytes: of a pixel that a copy takes at most; several heads where these are less deep. Where columns lie side
+    by side, it is one head.
     """
 
     tile: tuple[int, int]
@@ -32,27 +33,57 @@ class Plan:
     step: int
     pixel_bytes: int = 128
 
-    def group(self, heads: int, depth: int) -> int:
+    def group(self, heads: int, depth: int, planes: bool) -> int:
         """Heads of a block."""
+        if planes:
+            return 1
         return next(group for group in (4, 2, 1) if heads % group == 0 and group * depth * 2 <= self.pixel_bytes)
 
-    def suits(self, group: int) -> bool:
-        """Whether warps share a block's subtiles and heads evenly."""
-        subtiles = self.tile[0] // SIDE * (self.tile[1] // SIDE)
-        return self.warps % subtiles == 0 and subtiles * group % self.warps == 0
 
-    def pairs(self, kernel: tuple[int, int]) -> int:
+class Shape(NamedTuple):
+    """What a block holds under a plan: the twin of what `tile.cuh` says.
+
+    sub: pixels (rows, columns) of a warp's subtile. seen, halo: pixels that a subtile, and that a tile sees, with those
+    that are copied for the sake of addresses: `pad` columns before those that are seen, and more behind them.
+    """
+
+    sub: tuple[int, int]
+    seen: tuple[int, int]
+    halo: tuple[int, int]
+    pad: int
+
+    @property
+    def pairs(self) -> int:
         """Pairs of blocks of 8 pixels that a subtile sees."""
-        return cdiv((kernel[0] + SIDE - 1) * (kernel[1] + SIDE - 1), 16)
+        return cdiv(self.seen[0] * self.seen[1], 16)
 
-    def shared(self, task: str, group: int, depth: int, kernel: tuple[int, int]) -> int:
-        """Bytes of shared memory that a block takes."""
-        pixels = (self.tile[0] + kernel[0] - 1) * (self.tile[1] + kernel[1] - 1)
-        halo, tile = (
-            cdiv(count * group * depth * 2, _PATTERN) * _PATTERN for count in (pixels, self.tile[0] * self.tile[1])
-        )
-        rows = pixels * group * 8 if task == "grad_key_value" else 0
-        return 2 * halo + _TILES[task] * tile + _BARRIERS + rows
+
+def shape(plan: Plan, kernel: tuple[int, int], lead: int, planes: bool) -> Shape:
+    """lead: columns from the first that a pixel sees to its own."""
+    (th, tw), (kh, kw) = plan.tile, kernel
+    sub = (2, 8) if planes else (4, 4)
+    pad = -lead % _VECTOR if planes else 0
+    seen_h, seen_w = kh + sub[0] - 1, pad + kw + sub[1] - 1
+    if planes:
+        seen_w = cdiv(seen_w, _VECTOR) * _VECTOR
+    halo_h = th + kh - 1
+    if planes and halo_h % 2 == 0:
+        halo_h += 1
+    return Shape(sub, (seen_h, seen_w), (halo_h, tw - sub[1] + seen_w), pad)
+
+
+def suits(plan: Plan, group: int, planes: bool) -> bool:
+    """Whether warps share a block's subtiles and heads evenly."""
+    subtiles = plan.tile[0] * plan.tile[1] // 16
+    return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
+
+
+def shared(task: str, plan: Plan, group: int, depth: int, held: Shape) -> int:
+    """Bytes of shared memory that a block takes."""
+    counts = held.halo[0] * held.halo[1], plan.tile[0] * plan.tile[1]
+    halo, tile = (cdiv(count * group * depth * 2, _PATTERN) * _PATTERN for count in counts)
+    rows = counts[0] * group * 8 if task == "grad_key_value" else 0
+    return 2 * halo + _TILES[task] * tile + _BARRIERS + rows
 
 
 class Row(NamedTuple):
@@ -66,8 +97,8 @@ _TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # kept in shared 
 # Rows are read from the top, the first that is deep and wide enough and suits the heads is taken. A figure is
 # milliseconds of that kernel on an H200, then those of Triton's for the same; delta is part of grad_query, and of
 # Triton's figure.
-_TABLE: dict[str, tuple[Row, ...]] = {
-    "forward": (
+_TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
+    ("forward", False): (
         Row(16, 7, Plan((4, 8), 4, 5, 9)),  # 512-4x16-k5 0.052 : 0.095, k7 0.075 : 0.111
         Row(16, 9, Plan((4, 8), 4, 4, 9)),  # 512-4x16-k9 0.086 : 0.127
         Row(16, 9, Plan((8, 8), 4, 5, 9, 32)),  # 512-4x16-k7 0.082, k9 0.097
@@ -81,7 +112,7 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, 5, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.039 : 0.050, 2048-64-k5 0.547 : 0.740
         Row(64, 9, Plan((8, 8), 4, 3, 9)),  # 8x128-8x64-k7 0.181 : 0.221, k9 0.192 : 0.249
     ),
-    "grad_query": (
+    ("grad_query", False): (
         Row(16, 9, Plan((4, 8), 8, 2, 1)),  # 512-4x16-k5 0.065 : 0.129, k7 0.089 : 0.141, k9 0.109 : 0.154
         Row(16, 9, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k9 0.108
         Row(16, 13, Plan((8, 8), 4, 5, 4, 32)),  # 512-4x16-k11 0.137 : 0.247, k13 0.151 : 0.243
@@ -94,7 +125,7 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, 5, Plan((8, 16), 8, 2, 4)),  # 2048-64-k5 0.763 : 1.07
         Row(64, 7, Plan((8, 8), 4, 3, 4)),
     ),
-    "grad_key_value": (
+    ("grad_key_value", False): (
         Row(16, 5, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k5 0.090 : 0.140
         Row(16, 9, Plan((8, 8), 4, 4, 1, 32)),  # 512-4x16-k7 0.127 : 0.159, k9 0.142 : 0.188
         Row(16, 11, Plan((8, 8), 4, 4, 2, 32)),  # 512-4x16-k11 0.190 : 0.305
@@ -110,23 +141,46 @@ _TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, 7, Plan((8, 8), 4, 3, 1)),  # 8x128-8x64-k7 0.328 : 0.430
         Row(64, 11, Plan((8, 8), 4, 2, 4)),  # 8x128-8x64-k9 0.392 : 0.484, 512-64-k11 0.163 : 0.209
     ),
+    ("forward", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 6)),  # 512-4x16-k7 0.144 : 0.154
+        Row(16, 13, Plan((8, 8), 4, 5, 4)),  # 512-4x16-k13 0.213 : 0.342
+        Row(32, 7, Plan((4, 32), 8, 2, 6)),  # 2048-32-k7 0.764 : 0.949
+        Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 512-4x32-k9 0.242 : 0.284
+        Row(32, 13, Plan((8, 16), 8, 2, 6)),  # 512-2x32-k13 0.162 : 0.181
+        Row(64, 5, Plan((16, 16), 16, 1, 9)),  # 2048-64-k5 1.44 : 1.77
+    ),
+    ("grad_query", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.136 : 0.207
+        Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 512-4x16-k13 0.207 : 0.278
+        Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 2048-32-k7 1.02 : 1.13, 512-4x32-k9 0.308 : 0.322
+    ),
+    ("grad_key_value", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.199 : 0.213
+        Row(16, 13, Plan((16, 8), 8, 2, 2)),  # 512-4x16-k13 0.288 : 0.329
+        Row(
+            32, 13, Plan((8, 16), 8, 2, 4)
+        ),  # 2048-32-k7 1.29 : 1.77, 512-4x32-k9 0.359 : 0.552, 2x32-k13 0.255 : 0.346
+    ),
 }
 
 
-def rows() -> list[tuple[str, Row]]:
-    """Every row with its task."""
-    return [(task, row) for task, table in _TABLE.items() for row in table]
+def rows() -> list[tuple[str, bool, Row]]:
+    """Every row with its task, and whether it is of planes."""
+    return [(task, planes, row) for (task, planes), table in _TABLE.items() for row in table]
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(task: str, heads: int, depth: int, kernel: tuple[int, int], shared: int) -> Plan | None:
+def choose(
+    task: str, planes: bool, heads: int, depth: int, kernel: tuple[int, int], lead: int, limit: int
+) -> Plan | None:
     """The plan of "forward", "grad_query" or "grad_key_value"; None where the task is not served.
 
-    depth: channels per head. kernel: (height, width) of the window. shared: bytes that a block may take.
+    planes: whether maps have their columns side by side, else their channels. depth: channels per head. kernel:
+    (height, width) of the window. lead: columns from the first that a kept pixel sees to its own. limit: bytes of
+    shared memory that a block may take.
     """
-    for row in _TABLE[task]:
-        if row.depth == depth and max(kernel) <= row.kernel:
-            group = row.plan.group(heads, depth)
-            if row.plan.suits(group) and row.plan.shared(task, group, depth, kernel) <= shared:
-                return row.plan
+    for _, _, plan in (row for row in _TABLE[task, planes] if row.depth == depth and max(kernel) <= row.kernel):
+        group, held = plan.group(heads, depth, planes), shape(plan, kernel, lead, planes)
+        if suits(plan, group, planes) and shared(task, plan, group, depth, held) <= limit:
+            return plan
     return None

@@ -1,10 +1,13 @@
 // Primitives: copies of tiles and halos into shared memory, fragments of the matrix units, visibility.
 //
 // A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads and holds its whole halo in shared memory. A warp
-// takes a subtile of 4x4 pixels, the 16 rows of a matrix instruction, against only the SEEN pixels of the halo that
-// this subtile's windows see: flattened, 16 a step, each row of a fragment has the address of its own pixel. Subtiles
-// keep queries and see keys, or keep keys and see queries: pixel t of a subtile meets pixel h of its halo if
-// 0 <= h - t < KERNEL, on each axis.
+// takes a subtile of 16 pixels, the rows of a matrix instruction, against only the SEEN pixels of the halo that this
+// subtile's windows see, 16 a step. Subtiles keep queries and see keys, or keep keys and see queries: pixel t of a
+// subtile meets pixel h of its halo if 0 <= h - t < KERNEL, on each axis.
+//
+// Where channels lie side by side, subtiles are 4x4 pixels, and pixels are seen one by one: each row of a fragment has
+// the address of its own. Where columns do (PLANES), subtiles are 2x8 and pixels are seen in blocks of 8 columns. There
+// copies begin on whole vectors, so halos have PAD columns that no window sees before those that they see.
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
@@ -19,21 +22,28 @@ struct alignas(64) TensorMap {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-constexpr int SIDE = 4;  // pixels of a subtile on each axis
-constexpr int SUBTILES_X = TILE_W / SIDE, SUBTILES = TILE_H / SIDE * SUBTILES_X;
+constexpr int SUB_H = PLANES ? 2 : 4, SUB_W = 16 / SUB_H;  // pixels of a subtile
+[[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
+constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
 constexpr int WARP_HEADS = SUBTILES * GROUP / WARPS;  // heads that a warp takes, one after the other
-constexpr int SEEN_H = KERNEL_H + SIDE - 1, SEEN_W = KERNEL_W + SIDE - 1, SEEN = SEEN_H * SEEN_W;
-constexpr int BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);
-constexpr int HALO_H = TILE_H + KERNEL_H - 1, HALO_W = TILE_W + KERNEL_W - 1;
+constexpr int SEEN_H = KERNEL_H + SUB_H - 1;
+constexpr int SEEN_W = PLANES ? ceil_div(PAD + KERNEL_W + SUB_W - 1, 8) * 8 : KERNEL_W + SUB_W - 1;
+constexpr int SEEN = SEEN_H * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);
 
-constexpr int ROW = GROUP * DEPTH * 2;                        // bytes of a pixel, which copies swizzle
-constexpr int STEPS = DEPTH / 16;                             // of the matrix units along channels
-constexpr int TILE_BYTES = TILE_H * TILE_W * ROW;
-constexpr int HALO_BYTES = HALO_H * HALO_W * ROW;
+constexpr int HALO_W = TILE_W - SUB_W + SEEN_W;
+// One row more where that makes fragments of channels lie in different banks.
+constexpr int HALO_H = TILE_H + KERNEL_H - 1 + (PLANES && (TILE_H + KERNEL_H - 1) % 2 == 0);
+// Bytes of the patterns of halos and tiles: those of a copy's rows, and 16 is none.
+constexpr int HALO_PATTERN = PLANES ? (HALO_W == 32 ? 64 : 16) : GROUP * DEPTH * 2;
+constexpr int TILE_PATTERN = PLANES ? TILE_W * 2 : GROUP * DEPTH * 2;
+constexpr int CHANNELS = GROUP * DEPTH, STEPS = DEPTH / 16;  // steps of the matrix units along channels
+constexpr int TILE_BYTES = TILE_H * TILE_W * CHANNELS * 2;
+constexpr int HALO_BYTES = HALO_H * HALO_W * CHANNELS * 2;
 constexpr int HALO_ROOM = ceil_div(HALO_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
 constexpr int TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
-static_assert(ROW == 32 || ROW == 64 || ROW == 128, "a pixel is a swizzle's span");
 static_assert(SUBTILES * GROUP % WARPS == 0 && WARPS % SUBTILES == 0, "a warp keeps to one subtile");
+static_assert(PLANES ? GROUP == 1 && TILE_H * TILE_W % 32 == 0 : CHANNELS == 16 || CHANNELS == 32 || CHANNELS == 64,
+              "what is swizzled together is a whole pattern, or a whole part of one");
 
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -64,7 +74,8 @@ INLINE void barrier_wait(u32 barrier) {
 INLINE void copy_in(u32 to, const TensorMap& map, u32 barrier, int channel, int x, int y, int image) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(to), "l"(&map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(image)
+      ::"r"(to), "l"(&map), "r"(barrier), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y),
+      "r"(image)
       : "memory");
 }
 
@@ -73,7 +84,7 @@ INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, 
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
       "cp.async.bulk.commit_group;"
-      ::"l"(&map), "r"(from), "r"(channel), "r"(x), "r"(y), "r"(image)
+      ::"l"(&map), "r"(from), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y), "r"(image)
       : "memory");
 }
 
@@ -84,30 +95,54 @@ INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;"
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
-// Address of this lane's row of a fragment: `half` of the first 16 channels of a pixel, as the copy swizzled it.
-INLINE u32 pixel_address(u32 base, int pixel, int half) {
-  return base + pixel * ROW + (((pixel * ROW >> 7 & (ROW / 16 - 1)) ^ half) << 4);
+// A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
+INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }
+
+// Addresses of a lane's row of a fragment: 16 bytes of 8 channels of one pixel, or, in planes, of 8 columns of one
+// channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31 the channels 8 later.
+INLINE u32 tile_address(u32 tile, int lane, int pixel) {
+  if (!PLANES) return tile + swizzled(pixel * CHANNELS * 2, TILE_PATTERN) ^ (lane >> 4) << 4;
+  const int channel = (lane & 7) + (lane >> 4) * 8;
+  return tile + swizzled((channel * TILE_H * TILE_W + pixel) * 2, TILE_PATTERN);
 }
 
-// The same of the 16 channels that are `step` times 16 later.
-INLINE u32 at_step(u32 address, int step) { return address ^ (step * 32); }
+INLINE u32 halo_address(u32 halo, int lane, int pixel) {
+  if (!PLANES) return halo + swizzled(pixel * CHANNELS * 2, HALO_PATTERN) ^ (lane >> 4) << 4;
+  const int channel = (lane & 7) + (lane >> 4) * 8;
+  return halo + swizzled((channel * HALO_H * HALO_W + pixel) * 2, HALO_PATTERN);
+}
 
+// The same of the channels that are `step` times 16 later.
+INLINE u32 tile_step(u32 address, int step) {
+  return PLANES ? address + step * 16 * TILE_H * TILE_W * 2 : address ^ step * 32;
+}
+
+INLINE u32 halo_step(u32 address, int step) {
+  return PLANES ? address + step * 16 * HALO_H * HALO_W * 2 : address ^ step * 32;
+}
+
+// Four 8x8 matrices whose rows lie at the lanes' addresses; `ACROSS` are transposed.
+template <bool ACROSS>
 INLINE void load_fragments(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-INLINE void load_fragments_across(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
+  if (ACROSS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
 }
 
 INLINE void store_fragments(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
+  if (PLANES)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
 }
 
 // c += a b, of 16 rows, 16 channels or keys and 8 columns
@@ -171,42 +206,38 @@ struct Lane {
   INLINE Lane() {
     thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = lane >> 2, member = lane & 3;
     const int subtile = warp % SUBTILES;
-    sub_y = subtile / SUBTILES_X * SIDE, sub_x = subtile % SUBTILES_X * SIDE;
+    sub_y = subtile / SUBTILES_X * SUB_H, sub_x = subtile % SUBTILES_X * SUB_W;
     first_head = warp / SUBTILES * WARP_HEADS;
   }
 
   // This lane's row of the fragments of a kept tile.
   INLINE u32 kept(u32 tile) const {
-    const int row = lane & 15;
-    return pixel_address(tile, (sub_y + row / SIDE) * TILE_W + sub_x + row % SIDE, lane >> 4);
+    const int row = PLANES ? lane & 8 : lane & 15;
+    return tile_address(tile, lane, (sub_y + row / SUB_W) * TILE_W + sub_x + row % SUB_W);
   }
 
-  // The pixel of the halo that this subtile sees as number `seen`; numbers past the last are of that.
-  INLINE int halo_pixel(int seen) const {
-    const int number = min(seen, SEEN - 1), y = number / SEEN_W;
-    return (sub_y + y) * HALO_W + sub_x + number - y * SEEN_W;
-  }
-
-  // The same of an even number, whose successor lies beside it where there is one, in rows of even width.
-  INLINE int halo_pixel_of_two(int seen) const {
-    const int number = min(seen, SEEN - 2), y = number / SEEN_W;
+  // The pixel of the halo that this subtile sees as number `seen`; numbers past the last are of one before `last`.
+  INLINE int halo_pixel(int seen, int last = SEEN - 1) const {
+    const int number = min(seen, last), y = number / SEEN_W;
     return (sub_y + y) * HALO_W + sub_x + number - y * SEEN_W;
   }
 
   // This lane's row of the fragments of 16 pixels of a halo.
   INLINE u32 streamed(u32 halo, int pair) const {
-    return pixel_address(halo, halo_pixel(16 * pair + (lane & 15)), lane >> 4);
+    const int pixel = PLANES ? halo_pixel(16 * pair + (lane & 8), SEEN - 8) : halo_pixel(16 * pair + (lane & 15));
+    return halo_address(halo, lane, pixel);
   }
 };
 
 // Visibility is a product of two small matrices, which starts the sum of a score instead of zero: a row of the first
-// tells in which row and in which column of the subtile a pixel lies, a column of the second has, for each of these,
+// tells in which column and in which row of the subtile a pixel lies, a column of the second has, for each of these,
 // zero or HIDDEN. Its operands are bfloat16, whatever maps are.
 constexpr u32 HIDDEN = 0xFE80;  // -2^126: what it is added to vanishes beside it, and two of them are finite
 constexpr u32 ONE = 0x3F80;
+constexpr int WORDS = PLANES ? 2 : 1;  // registers of a column: 8 columns and 2 rows of a subtile are more than 8
 
-struct alignas(8) Hidden {
-  u32 block[2];
+struct alignas(8 * WORDS) Hidden {
+  u32 block[2][WORDS];
 };
 
 struct HiddenTable {
@@ -215,39 +246,54 @@ struct HiddenTable {
   constexpr HiddenTable() : of() {
     for (int pair = 0; pair <= PAIRS; pair++)
       for (int lane = 0; lane < 32; lane++)
-        for (int block = 0; block < 2; block++) {
-          const int seen = 16 * pair + 8 * block + lane / 4, member = lane % 4;
-          const int at = member < 2 ? seen / SEEN_W : seen % SEEN_W, kernel = member < 2 ? KERNEL_H : KERNEL_W;
-          u32 word = 0;
-          for (int i = 0; i < 2; i++) {
-            const int kept = member % 2 * 2 + i;
-            const bool met = seen < SEEN && at >= kept && at - kept < kernel;
-            word |= (met ? 0u : HIDDEN) << 16 * i;
+        for (int block = 0; block < 2; block++)
+          for (int word = 0; word < WORDS; word++) {
+            const int seen = 16 * pair + 8 * block + lane / 4;
+            u32 hidden = 0;
+            for (int i = 0; i < 2; i++) {
+              const int place = 8 * word + lane % 4 * 2 + i;
+              const bool of_column = place < SUB_W;
+              const int kept = of_column ? place : place - SUB_W;
+              const int at = of_column ? seen % SEEN_W - PAD : seen / SEEN_W, kernel = of_column ? KERNEL_W : KERNEL_H;
+              const bool met = seen < SEEN && at >= kept && at - kept < kernel;
+              hidden |= (met || place >= SUB_W + SUB_H ? 0u : HIDDEN) << 16 * i;
+            }
+            of[pair][lane].block[block][word] = hidden;
           }
-          of[pair][lane].block[block] = word;
-        }
   }
 };
 
 __device__ constexpr HiddenTable hidden_table;
 
 struct Visibility {
-  u32 low, high;  // the first matrix's rows `group` and `group + 8`
+  u32 low[WORDS], high[WORDS];  // the first matrix's rows `group` and `group + 8`
 
   INLINE Visibility(const Lane& l) {
-    low = place(l.group, l.member), high = place(l.group + 8, l.member);
+#pragma unroll
+    for (int word = 0; word < WORDS; word++) {
+      low[word] = place(l.group, 8 * word + 2 * l.member), high[word] = place(l.group + 8, 8 * word + 2 * l.member);
+    }
   }
 
-  static INLINE u32 place(int row, int member) {
-    const int at = member < 2 ? row / SIDE : row % SIDE, kept = member % 2 * 2;
-    return (at == kept ? ONE : 0) | (at == kept + 1 ? ONE << 16 : 0);
+  // One where `first` or the place after it is the row's column, or, past all columns, its row of the subtile.
+  static INLINE u32 place(int row, int first) {
+    const int column = row % SUB_W, after = SUB_W + row / SUB_W;
+    return (first == column || first == after ? ONE : 0) |
+           (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
   }
 
   // c = 0 where the pair of pixels meet, else HIDDEN or twice that
-  INLINE void start(float (&c)[4], u32 hidden) const {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(low), "r"(high), "r"(hidden), "f"(0.0f));
+  INLINE void start(float (&c)[4], const u32 (&hidden)[WORDS]) const {
+    if constexpr (WORDS == 1)
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+          : "r"(low[0]), "r"(high[0]), "r"(hidden[0]), "f"(0.0f));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%10, %10, %10, %10};"
+          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+          : "r"(low[0]), "r"(high[0]), "r"(low[WORDS - 1]), "r"(high[WORDS - 1]), "r"(hidden[0]),
+            "r"(hidden[WORDS - 1]), "f"(0.0f));
   }
 };
 
@@ -256,7 +302,7 @@ INLINE void scores(float (&s)[2][4], const u32 (&kept)[STEPS][4], u32 streamed, 
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments(r, at_step(streamed, first_step + step));
+    load_fragments<PLANES>(r, halo_step(streamed, first_step + step));
     multiply(s[0], kept[step], r[0], r[2]);
     multiply(s[1], kept[step], r[1], r[3]);
   }
@@ -267,7 +313,7 @@ INLINE void add_weighted(float (&sum)[2 * STEPS][4], const u32 (&weights)[4], u3
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments_across(r, at_step(streamed, first_step + step));
+    load_fragments<!PLANES>(r, halo_step(streamed, first_step + step));
     multiply(sum[2 * step], weights, r[0], r[1]);
     multiply(sum[2 * step + 1], weights, r[2], r[3]);
   }
@@ -286,7 +332,7 @@ INLINE void pack_weights(u32 (&packed)[4], const float (&p)[2][4]) {
 
 INLINE void load_kept(u32 (&r)[STEPS][4], u32 kept, int first_step) {
 #pragma unroll
-  for (int step = 0; step < STEPS; step++) load_fragments(r[step], at_step(kept, first_step + step));
+  for (int step = 0; step < STEPS; step++) load_fragments<PLANES>(r[step], tile_step(kept, first_step + step));
 }
 
 // Rows `group` times `low`, the others times `high`, to where this warp's subtile lies in a tile.
@@ -294,7 +340,7 @@ INLINE void store_kept(u32 kept, int first_step, const float (&sum)[2 * STEPS][4
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
-    store_fragments(at_step(kept, first_step + step), pack(a[0] * low, a[1] * low), pack(a[2] * high, a[3] * high),
+    store_fragments(tile_step(kept, first_step + step), pack(a[0] * low, a[1] * low), pack(a[2] * high, a[3] * high),
                     pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
   }
 }

@@ -18,6 +18,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a graph of yesterday does not answer for today's
+os.environ["IMAGE_LOCAL_ATTENTION_CACHE"] = "off"  # plans are those of the table
 torch.set_num_threads(1)  # the problems are small, and test processes share the cores
 
 # `make test` tries the same few problems every time, `make hunt` thousands of new ones.

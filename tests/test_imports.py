@@ -36,7 +36,8 @@ LAW = {
     "window": set(),
     "nlm": {"functional"},
     "bench": {"bench"},
-    "cli": {"nlm", "bench", "cli"},
+    "tune": {"backends", "bench", "check", "kernels", "maps", "rules", "window", "tune"},
+    "cli": {"nlm", "bench", "kernels", "tune", "cli"},
 }
 # What runs on the GPU knows nothing of how it is launched.
 _TILE = {"kernels.geometry", "kernels.tile"}
@@ -50,9 +51,18 @@ KERNEL_LAW = {
     "kernels.attention": _TILE | {"kernels.softmax", "kernels.table", "kernels.terms"},
     "kernels.unfused": _TILE | {"kernels.terms"},
     "kernels.bias": _TILE | {"kernels.table", "kernels.terms"},
+    "kernels.possible": {"kernels.gpu", "kernels.plan"},
+    "kernels.remembered": {"kernels.gpu", "kernels.plan", "kernels.possible"},
 }
-# Benchmarks and examples use public names; the search for plans drives the kernels themselves.
-USER_LAW = {"plans.py": {"check", "kernels", "kernels.gpu", "kernels.plan", "maps", "rules"}}
+# The command line may ask which plans are remembered. The search for plans drives the tasks one by one.
+ASKERS = {"kernels.remembered"}
+DRIVER = "tune.problem"
+# Benchmarks and examples use public names; that of plans is the package's search over its cases.
+USER_LAW = {
+    "plans.py": {"kernels.possible", "tune.compiling", "tune.find", "tune.problem", "tune.search"},
+}
+# Who may use public names.
+ABOVE = ("bench", "cli", "nlm", "tune")
 BENCH = {name for name in FILES if name.startswith("bench.")}
 
 
@@ -166,12 +176,17 @@ def top(module: str) -> str:
 @pytest.mark.parametrize("module", FILES)
 def test_the_import_law(module):
     got = imports(module, FILES[module])
-    if top(module) in ("bench", "cli", "nlm"):
+    if top(module) in ABOVE:
         names = public_names(FILES[module])
         assert names <= {*image_local_attention.__all__, "__version__", "nlm"}
         got.discard("__init__")
+    if module == "kernels.remembered":  # plans are those of a version
+        got.discard("__init__")
     assert {top(name) for name in got} <= LAW[top(module)]
-    assert {name for name in got if top(name) == "kernels"} <= KERNEL_LAW.get(module, set(FILES))
+    if module == DRIVER:
+        got.discard("kernels")
+    usual = ASKERS if top(module) == "cli" else set(FILES)
+    assert {name for name in got if top(name) == "kernels"} <= KERNEL_LAW.get(module, usual)
     assert f"{top(module)}.__init__" not in got
     assert not got & {"kernels", "tiled"}, "nobody imports a package of kernels as a whole"
 
@@ -187,6 +202,7 @@ def test_the_core_needs_torch_alone(module):
     allowed = {
         "kernels": {"torch", "triton"},
         "bench": {"torch", "rich", "matplotlib", "natten"},
+        "tune": {"torch", "triton"},
         "cli": {"torch", "numpy", "PIL", "rich", "typer"},
     }
     assert {top(name) for name in found} - sys.stdlib_module_names - {NAME} <= allowed.get(top(module), {"torch"})
@@ -237,7 +253,8 @@ def test_no_function_outside_the_kernels_has_more_than_12_arguments():
     mirrors = {key for key in long if key[0] == "ops" and key[1].startswith("_")}  # of a schema
     public = {key for key in long if key[0] == "functional" and key[1] in image_local_attention.__all__}
     public |= {("modules", "__init__")}  # of the layer
-    assert long - mirrors - public == set()
+    commands = {key for key in long if key[0] == f"cli.{key[1]}"}
+    assert long - mirrors - public - commands == set()
 
 
 ON_THE_WAY = {"functional", "ops", "maps"} | {m for m in FILES if top(m) == "kernels"} - set(KERNEL_LAW)

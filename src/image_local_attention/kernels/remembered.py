@@ -141,7 +141,8 @@ def plans(device: torch.device) -> Mapping[tuple, Plan]:
 
 def choose(device: torch.device, *asked: object) -> Plan:
     """The plan of a device for what `plan.choose` is asked: the remembered one, else the table's."""
-    return plans(device).get(asked) or plan.choose(*asked)
+    kept = plans(device)
+    return (kept.get(asked) if kept else None) or plan.choose(*asked)
 
 
 def _fields(entry: object, wanted: Mapping[str, type]) -> None:

@@ -197,6 +197,33 @@ def test_a_plan_that_other_launches_which_ask_the_same_cannot_take_is_not_settle
     assert find.settle(found, None).best == START
 
 
+def test_a_search_begins_with_what_the_table_compiles_to(fakes, monkeypatch):
+    asked, told = [], []
+
+    def compiled(workers, jobs):
+        asked.extend(jobs)
+        return [(each or START, Result(registers=99, error=fakes.refused(*job, each))) for *job, each in jobs]
+
+    workers = SimpleNamespace(processes=8, close=lambda: told.append("closed"))
+    monkeypatch.setattr(find, "Workers", lambda processes: workers)
+    monkeypatch.setattr(find, "compile_all", compiled)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    subject = Subject(GROUPS["design"][0])
+    found = find.find(subject, ["grad_query", "forward"], 8, 60, told.append)
+    assert [each.asked.task for each in found] == ["grad_query", "forward"]
+    assert {(each.table, each.best.block, each.best.warps) for each in found} == {(START, 32, 2)}
+    assert [job for job in asked if job[-1] is None] == [
+        (subject, task, None) for task in ("grad_query", "forward", "delta")
+    ]
+    assert told[0] == 2  # the table's plans
+    assert told[-2:] == [sum(each.tried for each in found), "closed"]
+
+    fakes.refused = lambda subject, task, each: "out of luck" if task == "delta" else None
+    with pytest.raises(RuntimeError, match="the table's plan cannot run: out of luck"):
+        find.find(subject, ["forward"], 8, 60, told.append)
+    assert told[-1] == "closed"
+
+
 def test_the_kin_of_a_search_hold_as_much_as_launches_that_ask_the_same_may():
     def kin(subject, asked):
         return find.kin(SimpleNamespace(subject=subject, asked=asked, task=asked.task))

@@ -93,6 +93,7 @@ def test_what_is_found_is_printed_and_remembered(searches, tmp_path):
     answer = invoke(*MAPS, "--out", path, "--seconds", 5)
     assert answer.exit_code == 0, answer.output
     assert "50.0%" in answer.stdout
+    assert "tile (8, 8), block 32, warps 4 " in answer.stdout
     assert f"remembered in {path}" in answer.stdout
     assert f"launches read no file, as {VARIABLE} says" in answer.stderr
     (entry,) = remembered.read(path)

@@ -1,5 +1,6 @@
 """`image-local-attention tune`"""
 
+from dataclasses import asdict
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,9 +149,10 @@ def _tune(subject: "Subject", tasks: list[str], processes: int | None, seconds: 
 
 
 def _table(found: "list[Found]", name: str) -> Table:
-    table = Table("task", "table's plan, ms", "best, ms", "gain", "plans tried", "remembered", title=name)
+    table = Table("task", "table's plan, ms", "best, ms", "gain", "plans tried", "what it changes", title=name)
     for each in found:
-        kept = str(each.best) if each.best != each.table else "-"
+        before, after = asdict(each.table), asdict(each.best)
+        kept = ", ".join(f"{field} {after[field]}" for field in after if after[field] != before[field]) or "-"
         table.add_row(
             each.asked.task, f"{each.table_ms:.4g}", f"{each.ms:.4g}", f"{each.gain:.1%}", str(each.tried), kept
         )

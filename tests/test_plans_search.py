@@ -18,9 +18,9 @@ from image_local_attention.bench.cases import GROUPS, Case
 from image_local_attention.bench.measure import Measurement
 
 pytest.importorskip("triton")
-from image_local_attention.kernels import plan
+from image_local_attention.kernels import native, plan
 from image_local_attention.kernels.plan import Plan
-from image_local_attention.kernels.possible import CHOICES, Asked, obstacle
+from image_local_attention.kernels.possible import CHOICES, TASKS, Asked, obstacle
 from image_local_attention.tune import find, search
 from image_local_attention.tune.compiling import Result, Workers, compile_all
 from image_local_attention.tune.problem import Problem, Subject, planned
@@ -88,7 +88,7 @@ START = Plan((8, 8), 128, 8, 1)
 def fakes(monkeypatch):
     """Searches whose plans are not launched: four stages are wrong, blocks of 16 spill, and the time is a formula."""
     fakes = SimpleNamespace(taken=[START], ms=lambda each: each.block + 9.0 * (each.warps - 2) ** 2 - each.stages)
-    fakes.refused = lambda subject, task, each: None
+    fakes.refused, fakes.asks = lambda subject, task, each: None, set(TASKS)
 
     class Fake:
         def __init__(self, *_, **__):
@@ -99,6 +99,9 @@ def fakes(monkeypatch):
 
         def poison(self):
             pass
+
+        def asks(self):
+            return fakes.asks
 
     @contextmanager
     def planned(task, candidate):
@@ -116,6 +119,7 @@ def fakes(monkeypatch):
         return Measurement(fakes.ms(fakes.taken[-1]), 0.0, 0.0, 0.0, 1)
 
     monkeypatch.setattr(search, "Problem", Fake)
+    monkeypatch.setattr(find, "Problem", Fake)
     monkeypatch.setattr(search, "planned", planned)
     monkeypatch.setattr(search, "compile_all", compiled)
     monkeypatch.setattr(find, "compile_all", compiled)
@@ -218,6 +222,11 @@ def test_a_search_begins_with_what_the_table_compiles_to(fakes, monkeypatch):
     assert told[0] == 2  # the table's plans
     assert told[-2:] == [sum(each.tried for each in found), "closed"]
 
+    fakes.asks = {"forward"}
+    assert [each.asked.task for each in find.find(subject, TASKS, 8, 60, told.append)] == ["forward"]
+    fakes.asks = set()
+    assert find.find(subject, TASKS, 8, 60, told.append) == []
+
     fakes.refused = lambda subject, task, each: "out of luck" if task == "delta" else None
     with pytest.raises(RuntimeError, match="the table's plan cannot run: out of luck"):
         find.find(subject, ["forward"], 8, 60, told.append)
@@ -246,6 +255,11 @@ def test_every_task_runs_alone_with_the_plan_that_it_is_given(subject, monkeypat
     monkeypatch.setattr(search, "shared_memory", lambda device: SHARED)
     asked_of = _asking(monkeypatch)
     problem = Problem(subject, CPU, exact=True)
+    assert problem.asks() == set(TASKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "forward", lambda *_: True)
+        patch.setattr(native, "grad_key_value", lambda *_: True)
+        assert problem.asks() == {"grad_query"}
     for task in ("forward", "grad_query", "grad_key_value", *(["grad_bias"] if subject.bias else [])):
         with planned(task, None) as taken:
             exact = [x.clone() for x in problem.run(task)]

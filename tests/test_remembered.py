@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 from image_local_attention import local_attention
 from image_local_attention.cli.app import app
 from image_local_attention.kernels import gpu, plan, remembered
+from image_local_attention.kernels.cache import VARIABLE
 from image_local_attention.kernels.plan import Plan
 from image_local_attention.kernels.possible import CHOICES, TASKS, Asked, obstacle
-from image_local_attention.kernels.remembered import VARIABLE, Entry, Where
+from image_local_attention.kernels.remembered import Entry, Where
 
 CPU = torch.device("cpu")
 SHARED = 232_448  # bytes, of an H200

@@ -13,9 +13,10 @@ from image_local_attention.bench.cases import DTYPES, LAYOUTS
 from image_local_attention.cli import tune
 from image_local_attention.cli.app import app
 from image_local_attention.kernels import plan, remembered
+from image_local_attention.kernels.cache import VARIABLE
 from image_local_attention.kernels.plan import Plan
 from image_local_attention.kernels.possible import TASKS, Asked
-from image_local_attention.kernels.remembered import VARIABLE, Where
+from image_local_attention.kernels.remembered import Where
 from image_local_attention.tune import find
 from image_local_attention.tune.find import Found
 from image_local_attention.window import BORDERS
@@ -71,8 +72,9 @@ HERE = Where("NVIDIA H200", 90, "3.6.0", "0.1.0")
 
 @pytest.fixture
 def searches(monkeypatch):
-    """What the command asks a search for; it finds a plan of the forward and none of the others."""
+    """What the command asks a search for; it finds a plan of the first task and none of the others."""
     searches = []
+    monkeypatch.setenv(VARIABLE, "off")
 
     def found(subject, tasks, processes, seconds, told):
         searches.append(SimpleNamespace(subject=subject, tasks=tasks, processes=processes, seconds=seconds))
@@ -147,6 +149,13 @@ def test_where_nothing_is_faster_nothing_is_written(searches, monkeypatch, tmp_p
     assert not (tmp_path / "plans.json").exists()
 
 
+def test_tasks_that_ask_for_no_plan_are_told(searches, monkeypatch, tmp_path):
+    monkeypatch.setattr(find, "find", lambda *_: [])
+    answer = invoke(*MAPS, "--task", "forward", "--out", tmp_path / "plans.json")
+    assert (answer.exit_code, answer.stdout) == (0, "")
+    assert answer.stderr == "forward: a native kernel serves this case, and takes no plan of these\n"
+
+
 def test_a_table_that_cannot_run_is_told(searches, monkeypatch, tmp_path):
     def fail(*_):
         raise RuntimeError("the table's plan cannot run: out of luck")
@@ -158,7 +167,7 @@ def test_a_table_that_cannot_run_is_told(searches, monkeypatch, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize(("dtype", "layout", "options"), [
-    ("bf16", "channels_last", ()),
+    ("bf16", "channels_last", ("--border", "mask")),
     ("bf16", "nchw", ("--bias", "slot", "--key-mask")),
     ("fp32", "nchw", ("--dilation", 2)),
 ])  # fmt: skip
@@ -180,9 +189,10 @@ def test_results_with_remembered_plans_are_as_exact(dtype, layout, options, monk
         return found
 
     monkeypatch.setattr(remembered, "choose", keep)
+    border = "mask" if "--border" in options else "zeros"
     form = {"channels_last": "channels_last", "nchw": "contiguous"}[layout]
     problem = Problem(
-        2, 2, 16, 16, (24, 40), (5, 5), ("zeros", "zeros"), 1.0, (form,) * 4, EVERY_GRADIENT, "both", 1.0, 1.0, 0,
+        2, 2, 16, 16, (24, 40), (5, 5), (border, border), 1.0, (form,) * 4, EVERY_GRADIENT, "both", 1.0, 1.0, 0,
         dilation=(2, 2) if "--dilation" in options else (1, 1),
         bias="slot" if "--bias" in options else "none",
         key_mask="most" if "--key-mask" in options else "none",

@@ -41,10 +41,11 @@ def _plans() -> str:
     import torch
 
     from ..kernels import remembered
+    from ..kernels.cache import VARIABLE
 
     file = remembered.path()
     if file is None:
-        return f"those of the table: {remembered.VARIABLE} is off"
+        return f"those of the table: {VARIABLE} is off"
     if not file.exists():
         return f"those of the table: there is no {file}"
     counts = (len(remembered.plans(torch.device("cuda", index))) for index in range(torch.cuda.device_count()))

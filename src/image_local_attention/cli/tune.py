@@ -111,6 +111,7 @@ def _tune(subject: "Subject", tasks: list[str], processes: int | None, seconds: 
     import torch
 
     from ..kernels import remembered
+    from ..kernels.cache import VARIABLE
     from ..tune.find import entries, find, gpu_obstacle, processes_for
 
     try:
@@ -121,7 +122,7 @@ def _tune(subject: "Subject", tasks: list[str], processes: int | None, seconds: 
         raise UserError(f"tune needs a GPU that Triton compiles for: {reason}")
     file = out or remembered.path()
     if file is None:
-        raise UserError(f"--out must name a file where {remembered.VARIABLE} is off")
+        raise UserError(f"--out must name a file where {VARIABLE} is off")
     try:
         remembered.read(file)
     except (OSError, ValueError) as error:
@@ -133,6 +134,10 @@ def _tune(subject: "Subject", tasks: list[str], processes: int | None, seconds: 
             found = find(subject, tasks, workers, seconds, lambda tried: status.update(f"{tried} plans tried"))
         except RuntimeError as error:
             raise UserError(f"{subject.name}: {error}") from error
+    for served in [each for each in tasks if each not in {one.asked.task for one in found}]:
+        say(f"{served}: a native kernel serves this case, and takes no plan of these", style="dim")
+    if not found:
+        return
     terminal = Console(width=None if Console().is_terminal else 180)
     terminal.print(_table(found, subject.name))
     new = entries(found, subject)
@@ -145,7 +150,7 @@ def _tune(subject: "Subject", tasks: list[str], processes: int | None, seconds: 
         raise UserError(f"{file}: cannot be written ({error})") from error
     terminal.print(f"remembered in {file}", markup=False, highlight=False, soft_wrap=True)
     if file != remembered.path():
-        say(f"launches read {remembered.path() or 'no file'}, as {remembered.VARIABLE} says")
+        say(f"launches read {remembered.path() or 'no file'}, as {VARIABLE} says")
 
 
 def _table(found: "list[Found]", name: str) -> Table:

@@ -12,7 +12,7 @@ from ..maps import empty_heads
 from ..rules import Rules
 from . import attention as fused
 from . import gpu as gpus
-from . import grad_bias, plan, unfused
+from . import grad_bias, native, plan, unfused
 from .geometry import Span
 from .gpu import padded
 from .launch import Launch, Problem, depths, strides, tile_grid, ways, wide
@@ -27,6 +27,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[
     out = empty_heads(query, value.shape[4])
     lse = query.new_empty(query.shape[:4], dtype=torch.float32)
     problem = _problem(query, key, rules)
+    if native.forward(query, key, value, out, lse, problem):
+        return out, lse
     launch = Launch("forward", (query,), (key, value), problem, query.shape[:4])
     q, k, v = launch.sources
     terms, constants = launch.framed(problem)
@@ -60,11 +62,17 @@ def attention_backward(
     grad_query, grad_key, grad_value = (
         empty_heads(x, x.shape[4]) if want else None for x, want in zip((query, key, value), wanted[:3], strict=True)
     )
-    delta, of_bias = _delta(grad_out, grad_lse, out, rules), None
-    inputs = query, key, value, grad_out, lse, delta
-    if grad_query is not None:
-        _grad_query(*inputs, grad_query, rules)
-    if grad_key is not None or grad_value is not None:
+    problem, of_bias = _problem(query, key, rules), None
+    delta = query.new_empty(query.shape[:4], dtype=torch.float32)
+    maps = query, key, value, grad_out
+    given = *maps, grad_lse, out, lse, delta
+    if grad_query is None or not native.grad_query(*given, grad_query, problem):
+        _delta(grad_out, grad_lse, out, delta, rules)
+        if grad_query is not None:
+            _grad_query(*maps, lse, delta, grad_query, rules)
+    inputs = *maps, lse, delta
+    wants_key_value = grad_key is not None or grad_value is not None
+    if wants_key_value and not native.grad_key_value(*inputs, grad_key, grad_value, problem):
         _grad_key_value(*inputs, grad_key, grad_value, rules)
     if wanted[3]:
         of_bias = grad_bias.of_attention(*inputs, rules).to(rules.bias.dtype)
@@ -77,15 +85,16 @@ def _problem(at_queries: Tensor, key: Tensor, rules: Rules, until_query: bool = 
     return Problem(rules, heads, key.shape[1], tuple(queries), tuple(key.shape[2:4]), until_query)
 
 
-def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, rules: Rules) -> Tensor:
-    """sum(grad_out * out) - grad_lse, [B, heads, H, W] in fp32.
+def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, delta: Tensor, rules: Rules) -> None:
+    """Fills delta = sum(grad_out * out) - grad_lse, [B, heads, H, W] in fp32.
 
     Where windows are of one key the sum is dP, and dP - delta is without both, which `weight_gradient` knows.
     """
     if rules.window.slots == 1:
-        delta = out.new_zeros(out.shape[:4], dtype=torch.float32)
-        return delta if grad_lse is None else delta.sub_(grad_lse)
-    delta = out.new_empty(out.shape[:4], dtype=torch.float32)
+        delta.zero_()
+        if grad_lse is not None:
+            delta.sub_(grad_lse)
+        return
     depth, gpu, axis = out.shape[4], gpus.of(out.device), Span(1, 0, 1)
     chosen = plan.INTERPRETED if gpu.interpreted else plan.choose("delta", "half", depth, 1, False)
     grid = tile_grid(out.shape[:4], chosen.tile, 0, (axis, axis))
@@ -106,7 +115,6 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, rules: Rules)
             num_warps=chosen.warps,
             num_stages=chosen.stages,
         )
-    return delta
 
 
 def _grad_query(query, key, value, grad_out, lse, delta, grad_query, rules) -> None:

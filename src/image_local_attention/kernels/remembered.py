@@ -21,11 +21,11 @@ import triton
 from .. import __version__
 from . import gpu as gpus
 from . import plan
+from .cache import folder
 from .plan import FACTS, Plan
 from .possible import TASKS, Asked, obstacle
 
 FORMAT = 1  # of the file; another one where the meaning of a field changes
-VARIABLE = "IMAGE_LOCAL_ATTENTION_CACHE"
 
 
 class Where(NamedTuple):
@@ -69,13 +69,9 @@ class Entry:
 
 
 def path() -> Path | None:
-    """The file that launches read, in the folder that VARIABLE names or in the user's cache; None where it is "off"."""
-    folder = os.environ.get(VARIABLE)
-    if folder == "off":
-        return None
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "image-local-attention")
-    return Path(os.path.expanduser(folder)) / "plans.json"
+    """The file that launches read; None where nothing is kept."""
+    where = folder()
+    return where and where / "plans.json"
 
 
 def read(file: Path) -> list[Entry]:

@@ -16,7 +16,7 @@ from ..kernels.plan import Plan
 from ..kernels.possible import Asked
 from ..kernels.remembered import Entry
 from .compiling import Workers, compile_all
-from .problem import Subject
+from .problem import Problem, Subject
 from .search import Search, explore
 
 LEAST_GAIN = 0.03  # of the table's time: less may be noise
@@ -60,9 +60,9 @@ def processes_for(case: Case, device: torch.device) -> int:
 def find(
     subject: Subject, tasks: Iterable[str], processes: int, seconds: float, told: Callable[[int], object]
 ) -> list[Found]:
-    """Searches every task on the current GPU; `told` is called with the number of plans tried so far.
+    """Searches the tasks on the current GPU; `told` is called with the number of plans tried so far.
 
-    RuntimeError where the table's own plan cannot run.
+    Tasks that a native kernel serves are left out. RuntimeError where the table's own plan cannot run.
     """
     tasks = list(tasks)
     with closing(Workers(processes)) as workers:
@@ -71,8 +71,11 @@ def find(
         made = dict(zip((task for _, task, _ in jobs), compile_all(workers, jobs), strict=True))
         if errors := [result.error for _, result in made.values() if result.error]:
             raise RuntimeError(f"the table's plan cannot run: {errors[0]}")
-        starts = {task: made[task][1] for task in tasks}
         device = torch.device("cuda", torch.cuda.current_device())
+        asking = Problem(subject, device, exact=False).asks()
+        starts = {task: made[task][1] for task in tasks if task in asking}
+        if not starts:
+            return []
         for searches in explore(subject, device, starts, workers, chain([FIRST], repeat(LATER)), seconds=seconds):
             told(sum(len(search.results) for search in searches))
         return [settle(search, workers) for search in searches]

@@ -1,7 +1,7 @@
 """What a search is about: a case with the terms of its logits, and each task as the one kernel that is timed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from .. import check, kernels
 from ..bench.cases import Case
-from ..kernels import grad_bias, plan, remembered
+from ..kernels import grad_bias, native, plan, remembered
 from ..kernels.plan import Plan
 from ..kernels.possible import Asked
 from ..maps import empty_heads, split_heads
@@ -65,25 +65,36 @@ class Problem:
         bias = case.bias(device, subject.bias == "displacement") if subject.bias else None
         mask = case.key_mask(device) if subject.key_mask else None
         self.rules = Rules(subject.window, 1.0, bias, mask, case.precision)
+        self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
         if exact:
-            out, self.lse = kernels.attention(*self.maps[:3], self.rules)
-            self.delta = kernels._delta(self.maps[3], None, out, self.rules)
-        else:
-            self.lse, self.delta = (torch.empty(x.shape[:4], device=device) for x in self.maps[:2])
+            out, self.lse = self.run("forward")
+            kernels._delta(self.maps[3], None, out, self.delta, self.rules)
 
     def run(self, task: str) -> tuple[Tensor, ...]:
+        """Results of a task, by Triton's kernel."""
         query, key, value, grad_out = self.maps
         inputs = *self.maps, self.lse, self.delta
         if task == "forward":
-            return kernels.attention(query, key, value, self.rules)
+            with native.portable():
+                return kernels.attention(query, key, value, self.rules)
         if task == "delta":
-            return (kernels._delta(grad_out, None, grad_out, self.rules),)
+            kernels._delta(grad_out, None, grad_out, self.delta, self.rules)
+            return (self.delta,)
         if task == "grad_bias":
             return (grad_bias.of_attention(*inputs, self.rules),)
         grads = self.grads[:1] if task == "grad_query" else self.grads[1:]
         launch = kernels._grad_query if task == "grad_query" else kernels._grad_key_value
         launch(*inputs, *grads, self.rules)
         return tuple(grads)
+
+    def asks(self) -> set[str]:
+        """The tasks of a forward and backward that ask for a plan; a native kernel serves the others."""
+        query, key, value, grad_out = self.maps
+        wanted = True, True, True, self.rules.bias is not None
+        with recorded(lambda device, *asked: plan.choose(*asked)) as taken:
+            out, lse = kernels.attention(query, key, value, self.rules)
+            kernels.attention_backward(grad_out, None, query, key, value, out, lse, wanted, self.rules)
+        return {asked.task for asked, _ in taken}
 
     def poison(self) -> None:
         """Fills gradients, and the memory that a forward is likely to take, with NaN."""
@@ -93,25 +104,34 @@ class Problem:
 
 
 @contextmanager
-def planned(task: str, candidate: Plan | None) -> Iterator[list[tuple[Asked, Plan]]]:
-    """Launches of a task take the candidate, or the table's plan where it is None; yields what they asked and took.
-
-    Other launches take the table's plans.
-    """
-    choose, taken, own = remembered.choose, [], OWN_PLAN.get(task, task)
+def recorded(choose: Callable[..., Plan]) -> Iterator[list[tuple[Asked, Plan]]]:
+    """Launches choose their plans so; yields what they asked and took."""
+    usual, taken = remembered.choose, []
 
     def instead(device: torch.device, *asked: object) -> Plan:
-        found = plan.choose(*asked)
-        if asked[0] == own:
-            found = found if candidate is None else candidate
-            taken.append((Asked(*asked), found))
-        return found
+        taken.append((Asked(*asked), choose(device, *asked)))
+        return taken[-1][1]
 
     remembered.choose = instead
     try:
         yield taken
     finally:
-        remembered.choose = choose
+        remembered.choose = usual
+
+
+@contextmanager
+def planned(task: str, candidate: Plan | None) -> Iterator[list[tuple[Asked, Plan]]]:
+    """Launches of a task take the candidate, or the table's plan where it is None, as other launches do.
+
+    Yields what launches asked and took.
+    """
+    own = OWN_PLAN.get(task, task)
+
+    def choose(device: torch.device, *asked: object) -> Plan:
+        return candidate if candidate is not None and asked[0] == own else plan.choose(*asked)
+
+    with recorded(choose) as taken:
+        yield taken
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""CUDA C++ kernels for small windows over heads of half precision whose channels lie side by side.
+
+They compute what the kernels of `attention` do in Triton, which serve all that these do not, and are compiled at run
+time by the NVRTC that torch brings along. Each entry point says whether it served the call.
+"""
+
+from torch import Tensor
+
+from ..launch import Problem
+from .launch import native, numbers, portable
+
+__all__ = ["forward", "grad_key_value", "grad_query", "portable"]
+
+_LOG2E = 1.4426950408889634
+_SIGNS = 0x8000_8000  # of two halves
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> bool:
+    """Fills `out` and its log-sum-exp [B, heads, H, W], contiguous."""
+    launch = native("forward", problem, (query, key, value, out))
+    if launch is None:
+        return False
+    scale = problem.rules.scale
+    heads, h, w = query.shape[1:4]
+    flip = _SIGNS if scale < 0 else 0
+    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(scale) * _LOG2E, flip)
+    launch({0: query, 3: out}, {1: key, 2: value}, given)
+    return True
+
+
+def grad_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad: Tensor,
+    problem: Problem,
+) -> bool:
+    """Fills the gradient of the query, and delta = sum(grad_out * out) - grad_lse [B, heads, H, W], contiguous."""
+    if not _contiguous(lse, grad_lse) or problem.rules.window.slots == 1:
+        return False
+    launch = native("grad_query", problem, (query, key, value, grad_out, out, grad))
+    if launch is None:
+        return False
+    pointers = (0 if x is None else x.data_ptr() for x in (lse, grad_lse, delta))
+    given = numbers("QQQiiiff", *pointers, *_sizes_and_scales(query, problem))
+    launch({0: query, 3: grad_out, 4: out, 5: grad}, {1: key, 2: value}, given)
+    return True
+
+
+def grad_key_value(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    problem: Problem,
+) -> bool:
+    """Fills the gradients of key and value, where both are wanted."""
+    if grad_key is None or grad_value is None or not _contiguous(lse) or problem.rules.window.slots == 1:
+        return False
+    launch = native("grad_key_value", problem, (query, key, value, grad_out, grad_key, grad_value))
+    if launch is None:
+        return False
+    given = numbers("QQiiiff", lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
+    launch({1: key, 2: value, 4: grad_key, 5: grad_value}, {0: query, 3: grad_out}, given)
+    return True
+
+
+def _sizes_and_scales(query: Tensor, problem: Problem) -> tuple[float, ...]:
+    heads, h, w = query.shape[1:4]
+    scale = problem.rules.scale
+    return h, w, heads, scale * _LOG2E, scale
+
+
+def _contiguous(*floats: Tensor | None) -> bool:
+    return all(x is None or x.is_contiguous() for x in floats)

@@ -1,0 +1,77 @@
+"""The CUDA driver as far as launches need it: kernels of a cubin, tensor maps, a launch on the current stream."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from ..integers import cdiv
+
+_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16: copies do not look at what they move
+_SWIZZLE = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes of a box's innermost axis
+_PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+_STEP = 8  # halves in 16 bytes, of which strides are multiples
+
+
+class Kernel:
+    """A kernel of a cubin, on the current device. shared: bytes of shared memory that a block takes."""
+
+    def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _checked(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
+        _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        _checked(_driver().cuFuncSetAttribute(function, _SHARED_SIZE, shared))
+        self._function, self._threads, self._shared = function, threads, shared
+        self._launch = _driver().cuLaunchKernel
+
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
+        """Launches with `arguments`, the kernel's one argument, a struct."""
+        held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
+
+
+def tensor_map(x: Tensor, box: tuple[int, int, int]) -> bytes:
+    """Of heads [B, heads, H, W, D] that lie side by side as one axis; box: channels, columns and rows of a copy."""
+    return _tensor_map(x.data_ptr(), x.shape, x.stride(), box)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int]) -> bytes:
+    batch, heads, h, w, depth = shape
+    # the stride of an axis of size 1 is never used, but has to be one
+    steps = [strides[axis] * 2 if shape[axis] > 1 else _STEP * 2 for axis in (3, 2, 0)]
+    room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    start = -ctypes.addressof(room) % _MAP_ALIGNMENT
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(room) + start),
+        _UINT16,
+        4,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 4)(heads * depth, w, h, batch),
+        (ctypes.c_uint64 * 3)(*steps),
+        (ctypes.c_uint32 * 4)(*box, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        0,
+        _SWIZZLE[box[0] * 2],
+        _PROMOTION,
+        0,
+    )
+    _checked(status)
+    return room.raw[start : start + _MAP_BYTES]
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _checked(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver: {text.value.decode() if text.value else status}")

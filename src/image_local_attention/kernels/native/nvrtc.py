@@ -1,0 +1,96 @@
+"""CUDA C++ to machine code at run time, by the NVRTC that torch brings along; results are kept on disk."""
+
+import contextlib
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..cache import folder
+
+
+class CompileError(RuntimeError):
+    """What NVRTC says of a source that it does not take."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC of torch's CUDA version; None where it is not installed."""
+    return None if torch.version.cuda is None else find(torch.version.cuda.split(".")[0])
+
+
+def find(major: str) -> ctypes.CDLL | None:
+    """NVRTC of a major version of CUDA: from a wheel beside torch, else where the system's loader looks."""
+    name = f"libnvrtc.so.{major}"
+    beside = (path for entry in sys.path for path in glob.glob(os.path.join(entry, "nvidia", "*", "lib", name)))
+    for path in (*beside, name):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(path)
+    return None
+
+
+def compiled(source: str, options: tuple[str, ...]) -> bytes:
+    """Machine code (a cubin) of `source`; from disk where it was compiled before."""
+    path = _kept(source, options)
+    if path is not None and path.exists():
+        return path.read_bytes()
+    binary = _compile(source, options)
+    if path is not None:
+        _keep(path, binary)
+    return binary
+
+
+def _kept(source: str, options: tuple[str, ...]) -> Path | None:
+    where = folder()
+    if where is None:
+        return None
+    key = hashlib.sha256("\0".join((source, *options, _version())).encode()).hexdigest()
+    return where / f"{key[:32]}.cubin"
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    """In one step, for other processes never to see half of it; a folder that cannot be written is no error."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        os.replace(file.name, path)
+
+
+@functools.cache
+def _version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def _compile(source: str, options: tuple[str, ...]) -> bytes:
+    nvrtc, program = library(), ctypes.c_void_p()
+    _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"attention.cu", 0, None, None))
+    try:
+        given = [option.encode() for option in options]
+        if nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given)):
+            log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            raise CompileError(f"NVRTC {_version()} does not compile with {options}:\n{log.decode()}")
+        return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(program: ctypes.c_void_p, size_of, content_of) -> bytes:
+    size = ctypes.c_size_t()
+    _checked(size_of(program, ctypes.byref(size)))
+    content = ctypes.create_string_buffer(size.value)
+    _checked(content_of(program, content))
+    return content.raw
+
+
+def _checked(status: int) -> None:
+    if status:
+        raise CompileError(f"NVRTC {_version()} answers {status}")

@@ -1,0 +1,349 @@
+"""The native kernels: what they serve, what they are compiled to, and, on a GPU, every plan and random problems."""
+
+import itertools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from hypothesis import strategies as st
+
+from conftest import CUDA, Target
+from image_local_attention import local_attention
+from image_local_attention.kernels import launch as launches
+from image_local_attention.kernels import native
+from image_local_attention.kernels.native import launch, nvrtc, plan
+from image_local_attention.maps import split_heads
+from image_local_attention.rules import Rules
+from image_local_attention.window import Window
+from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
+from test_accuracy import ATTENTION, check
+
+NVRTC = nvrtc.find(torch.version.cuda.split(".")[0] if torch.version.cuda else "13")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED = 227 * 1024
+WIDEST = {16: 21, 32: 13, 64: 11}  # served by some task, by channels per head
+HALVES = torch.bfloat16, torch.float16
+
+needs_nvrtc = pytest.mark.skipif(NVRTC is None, reason="NVRTC is not installed")
+
+
+def heads_for(row: plan.Row) -> int:
+    """The most heads that share a block of this plan."""
+    most = max(1, row.plan.pixel_bytes // (2 * row.depth))
+    return next(heads for heads in (4, 2, 1) if heads <= most and row.plan.suits(row.plan.group(heads, row.depth)))
+
+
+def compiled_for(task: str, row: plan.Row, kernel: tuple[int, int], dtype=torch.bfloat16) -> launch.Compiled:
+    group = row.plan.group(heads_for(row), row.depth)
+    return launch.Compiled(task, row.plan, dtype, row.depth, group, kernel, (kernel[0] // 2, kernel[1] // 2))
+
+
+def row_name(job) -> str:
+    task, row = job
+    heads, warps = heads_for(row), row.plan.warps
+    return f"{task}-{heads}x{row.depth}-k{row.kernel}-{row.plan.tile[0]}x{row.plan.tile[1]}-w{warps}"
+
+
+EVERY_ROW = pytest.mark.parametrize(("task", "row"), plan.rows(), ids=map(row_name, plan.rows()))
+
+
+@needs_nvrtc
+@EVERY_ROW
+def test_every_plan_compiles_and_keeps_its_registers(task, row, monkeypatch):
+    """A few words may be spilled where more blocks share a multiprocessor for it."""
+    monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
+    compiled = compiled_for(task, row, (row.kernel, row.kernel))
+    assert compiled.shared <= SHARED
+    for arch in (90, 100, 120):
+        cubin = nvrtc._compile(compiled.source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
+        assert resources(cubin)["STACK"] <= 40, arch
+
+
+@needs_nvrtc
+def test_windows_of_any_sides_compile(monkeypatch):
+    monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
+    for (task, depth), kernel in itertools.product([("forward", 16), ("grad_key_value", 32)], [(1, 2), (4, 7), (9, 2)]):
+        row = next(
+            row for name, row in plan.rows() if name == task and row.depth == depth and max(kernel) <= row.kernel
+        )
+        compiled = compiled_for(task, row, kernel, torch.float16)
+        assert nvrtc._compile(compiled.source, ("--gpu-architecture=sm_90", *compiled.options))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK):(\d+)", told)}
+
+
+def test_every_row_is_taken_by_what_it_names():
+    for task, row in plan.rows():
+        kernel = (row.kernel, row.kernel)
+        heads = heads_for(row)
+        chosen = plan.choose(task, heads, row.depth, kernel, SHARED)
+        assert chosen is not None
+        assert chosen.suits(chosen.group(heads, row.depth))
+
+
+def test_no_plan_asks_for_more_shared_memory_than_there_is():
+    kernel = (7, 7)
+    assert plan.choose("forward", 1, 64, kernel, SHARED) is not None
+    assert plan.choose("forward", 1, 64, kernel, 48 * 1024) is None
+
+
+# ---- what is served ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """As if there were a GPU that the kernels run on; what would be compiled is handed back."""
+    monkeypatch.setattr(launch, "_available", lambda device: True)
+    monkeypatch.setattr(launch, "_shared_limit", lambda device: SHARED)
+    monkeypatch.setattr(launch, "_native", lambda compiled, device: compiled)
+
+
+def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), layout="last", scale=1.0, **more):
+    """What would be compiled for a forward over maps of a layout."""
+    maps = [torch.zeros(2, heads * depth, *size, dtype=dtype) for _ in range(4)]
+    if layout == "last":
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    elif layout == "chunks":
+        all_of_it = torch.zeros(2, 4 * heads * depth, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        maps = list(all_of_it.chunk(4, 1))
+    elif layout == "unaligned":
+        maps = [x.contiguous(memory_format=torch.channels_last)[:, 1:-1] for x in maps]
+    names = "border", "dilation", "causal", "raster"
+    window = Window(kernel, **{name: more.pop(name) for name in names if name in more})
+    rules = Rules(window, scale, **more)
+    maps = tuple(split_heads(x, heads) for x in maps)
+    problem = launches.Problem(rules, heads, heads, size, size)
+    return launch.native("forward", problem, maps)
+
+
+def test_windows_that_slide_over_channels_last_halves_are_served(anywhere):
+    served = asked()
+    assert (served.depth, served.group, served.kernel, served.lead) == (32, 2, (7, 7), (3, 3))
+    assert asked(layout="chunks") == served
+    assert asked(causal=(True, False)).lead == (6, 3)
+    assert asked(kernel=(4, 7)).lead == (2, 3)
+    assert asked(dtype=torch.float16, scale=-0.5).dtype == torch.float16
+    assert asked(size=(1, 1)) == served
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": torch.float32},
+        {"layout": "contiguous"},
+        {"layout": "unaligned"},
+        {"depth": 24},
+        {"kernel": (41, 41)},
+        {"scale": 0.0},
+        {"scale": 1e-30},
+        {"border": ("mask", "mask")},
+        {"border": ("shift", "shift")},
+        {"border": ("zeros", "reflect")},
+        {"dilation": (1, 2)},
+        {"raster": True},
+        {"bias": torch.zeros(2, 49)},
+        {"key_mask": torch.ones(2, 9, 10, dtype=torch.bool)},
+    ],
+    ids=lambda other: "-".join(other),
+)
+def test_all_else_is_left_to_triton(anywhere, other):
+    assert asked(**other) is None
+
+
+def test_nothing_is_served_while_kernels_are_to_be_portable(anywhere):
+    with native.portable():
+        assert asked() is None
+    assert asked() is not None
+
+
+def test_nothing_is_served_without_a_gpu():
+    if not CUDA:
+        assert asked() is None
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+EMPTY = 'extern "C" __global__ void nothing() {}'
+OPTIONS = ("--gpu-architecture=sm_90",)
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Counts what is compiled; results are kept in the folder that it gives."""
+    compile_it, count = nvrtc._compile, []
+    monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
+    monkeypatch.setattr(nvrtc, "_compile", lambda *args: count.append(args) or compile_it(*args))
+    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept", count
+
+
+@needs_nvrtc
+def test_what_was_compiled_is_kept(compiler):
+    folder, count = compiler
+    first = nvrtc.compiled(EMPTY, OPTIONS)
+    assert first.startswith(b"\x7fELF")
+    assert nvrtc.compiled(EMPTY, OPTIONS) == first
+    assert len(count) == 1
+    assert len(list(folder.iterdir())) == 1
+    nvrtc.compiled(EMPTY + "\n", OPTIONS)
+    nvrtc.compiled(EMPTY, ("--gpu-architecture=sm_100",))
+    assert len(count) == 3
+
+
+@needs_nvrtc
+def test_nothing_is_kept_where_that_is_off_or_cannot_be(compiler, monkeypatch):
+    folder, count = compiler
+    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", "off")
+    nvrtc.compiled(EMPTY, OPTIONS)
+    assert not folder.exists()
+    folder.write_text("not a folder")
+    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", str(folder))
+    nvrtc.compiled(EMPTY, OPTIONS)
+    assert len(count) == 2
+
+
+@needs_nvrtc
+def test_a_source_that_does_not_compile_tells_why(compiler):
+    with pytest.raises(nvrtc.CompileError, match="undefined"):
+        nvrtc.compiled('extern "C" __global__ void wrong() { undefined; }', OPTIONS)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+TRITON = Target("triton", "cuda")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The tasks that native kernels are launched for."""
+    tasks, ask = [], native.native
+
+    def spy(task, *args):
+        found = ask(task, *args)
+        if found is not None:
+            tasks.append(task)
+        return found
+
+    monkeypatch.setattr(native, "native", spy)
+    return tasks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@EVERY_ROW
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("poison")
+def test_every_plan_is_within_its_budget(task, row, dtype, served, monkeypatch):
+    """On a map of several tiles each way and a remainder, of two images and two groups of heads."""
+    choose = plan.choose
+    monkeypatch.setattr(launch, "choose", lambda name, *rest: row.plan if name == task else choose(name, *rest))
+    heads, kernel = 2 * heads_for(row), row.kernel
+    kernels = [(kernel, kernel), (2, kernel), (kernel, 3)]
+    for seed, sides in enumerate(kernels if kernel < 13 else kernels[1:]):
+        check(ATTENTION, problem(heads, row.depth, (19, 21), sides, seed=seed, batch=2), TRITON, dtype)
+    assert task in served
+
+
+def problem(heads, depth, size, kernel, **more) -> Problem:
+    usual = {
+        "batch": 1,
+        "border": ("zeros", "zeros"),
+        "scale": None,
+        "layouts": ("channels_last",) * 4,
+        "wanted": EVERY_GRADIENT,
+        "used": "both",
+        "spread": 1.0,
+        "magnitude": 1.0,
+        "seed": 0,
+    }
+    shapes = {"heads": heads, "key_depth": depth, "value_depth": depth, "size": size, "kernel": kernel}
+    return Problem(**usual | shapes | more)
+
+
+@st.composite
+def served_problems(draw):
+    depth = draw(st.sampled_from(sorted(WIDEST)))
+    sides = st.integers(1, WIDEST[depth])
+    kernel = draw(st.one_of(sides.map(lambda k: (k, k)), st.tuples(sides, sides)))
+    return problem(
+        draw(st.integers(1, 4)),
+        depth,
+        (draw(st.integers(1, 21)), draw(st.integers(1, 21))),
+        kernel,
+        batch=draw(st.integers(1, 2)),
+        causal=draw(st.sampled_from((False, False, True, (False, True)))),
+        scale=draw(st.sampled_from((None, 1.0, 0.3, -0.7))),
+        wanted=draw(st.sampled_from(GRADIENTS)),
+        used=draw(st.sampled_from(("both", "out", "lse"))),
+        spread=draw(st.sampled_from((1.0, 0.3, 4.0))),
+        magnitude=draw(st.sampled_from((1.0, 0.1, 8.0))),
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.hunt
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("poison")
+def test_random_problems(dtype, served):
+    for_each(served_problems(), 40, f"native {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
+    assert set(served) == {"forward", "grad_query", "grad_key_value"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.usefixtures("poison")
+def test_large_logits_and_small_scales():
+    """Weights that are all but one key's, and logits as large as halves make them."""
+    for scale, spread in ((None, 100.0), (1e-6, 1.0), (2.0**50, 30.0)):
+        check(ATTENTION, problem(2, 32, (9, 17), (5, 5), scale=scale, spread=spread), TRITON, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_results_are_the_same_every_time_and_in_a_graph():
+    maps = [
+        torch.randn(2, 64, 33, 47, device="cuda", dtype=torch.bfloat16)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+        for _ in range(3)
+    ]
+
+    def results():
+        out = local_attention(*maps, 7, heads=2)
+        return out, *torch.autograd.grad(out.square().sum(), maps)
+
+    first = results()
+    for _ in range(3):
+        assert all(map(torch.equal, first, results()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    graph.replay()
+    assert all(map(torch.equal, first, captured))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_maps_past_two_to_the_31_elements():
+    """One head of 64 channels: the last rows are those of the same map cut off there."""
+    size = 6000
+    maps = [torch.randn(1, 64, size, size, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    out = local_attention(*maps, 5)[:, :, -20:]
+    with native.portable():
+        cut = local_attention(*(x[:, :, -40:].contiguous(memory_format=torch.channels_last) for x in maps), 5)
+    torch.testing.assert_close(out, cut[:, :, -20:], rtol=2e-2, atol=2e-2)

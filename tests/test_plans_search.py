@@ -260,6 +260,10 @@ def test_every_task_runs_alone_with_the_plan_that_it_is_given(subject, monkeypat
         patch.setattr(native, "forward", lambda *_: True)
         patch.setattr(native, "grad_key_value", lambda *_: True)
         assert problem.asks() == {"grad_query"}
+        serving = []
+        patch.setattr(native, "forward", lambda *_: serving.append(native.launch._serving))
+        problem.run("forward")
+        assert serving == [False]
     for task in ("forward", "grad_query", "grad_key_value", *(["grad_bias"] if subject.bias else [])):
         with planned(task, None) as taken:
             exact = [x.clone() for x in problem.run(task)]

@@ -74,8 +74,6 @@ def find(
         device = torch.device("cuda", torch.cuda.current_device())
         asking = Problem(subject, device, exact=False).asks()
         starts = {task: made[task][1] for task in tasks if task in asking}
-        if not starts:
-            return []
         for searches in explore(subject, device, starts, workers, chain([FIRST], repeat(LATER)), seconds=seconds):
             told(sum(len(search.results) for search in searches))
         return [settle(search, workers) for search in searches]

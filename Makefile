@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # torch's profiler, which measures memory, is to be silent
 export KINETO_LOG_LEVEL := 99
+# without what was tuned on this machine, so that launches take the plans of the table
+export IMAGE_LOCAL_ATTENTION_CACHE := $(CURDIR)/build/cache
 
 .PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-original gpu-peers gpu-options clean
 

@@ -27,14 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 from image_local_attention import local_attention
-from image_local_attention.bench.cases import DTYPES, LAYOUTS, Case
+from image_local_attention.bench.cases import LAYOUTS, Case
 from image_local_attention.bench.measure import measure
 from image_local_attention.bench.rows import environment, rounded, save_rows
 from image_local_attention.bench.timing import matmul_precision, passes, warm_up
 
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 MODES = ("forward", "backward")
-PRESENT = 0.9  # of the keys under a key_mask
 
 PROBLEMS = tuple(
     replace(case, layout=layout)
@@ -49,16 +48,15 @@ PROBLEMS = tuple(
 
 
 def bias_by_slot(case: Case) -> dict:
-    return {"bias": torch.randn(case.heads, case.kernel**2, device=DEVICE, dtype=DTYPES[case.dtype])}
+    return {"bias": case.bias(DEVICE)}
 
 
 def bias_by_displacement(case: Case) -> dict:
-    size = case.heads, 2 * case.kernel - 1, 2 * case.kernel - 1
-    return {"bias": torch.randn(size, device=DEVICE, dtype=DTYPES[case.dtype]), "border": "shift"}
+    return {"bias": case.bias(DEVICE, by_displacement=True), "border": "shift"}
 
 
 def key_mask(case: Case) -> dict:
-    return {"key_mask": torch.rand(case.batch, case.height, case.width, device=DEVICE) < PRESENT}
+    return {"key_mask": case.key_mask(DEVICE)}
 
 
 def plain(case: Case, query: Tensor, key: Tensor, value: Tensor, widen: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ What runs on CUDA is marked `gpu`. Triton runs on the CPU through its interprete
 import functools
 import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
@@ -18,6 +19,8 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a graph of yesterday does not answer for today's
+# without what was tuned on this machine, so that launches take the plans of the table
+os.environ["IMAGE_LOCAL_ATTENTION_CACHE"] = str(Path(__file__).parents[1] / "build" / "cache")
 torch.set_num_threads(1)  # the problems are small, and test processes share the cores
 
 # `make test` tries the same few problems every time, `make hunt` thousands of new ones.

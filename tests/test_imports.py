@@ -36,11 +36,13 @@ LAW = {
     "window": set(),
     "nlm": {"functional"},
     "bench": {"bench"},
-    "cli": {"nlm", "bench", "cli"},
+    "tune": {"backends", "bench", "check", "kernels", "maps", "rules", "window", "tune"},
+    "cli": {"nlm", "bench", "kernels", "tune", "cli"},
 }
 # What runs on the GPU knows nothing of how it is launched.
 _TILE = {"kernels.geometry", "kernels.tile"}
 KERNEL_LAW = {
+    "kernels.cache": set(),
     "kernels.geometry": set(),
     "kernels.integers": set(),
     "kernels.tile": {"kernels.geometry"},
@@ -61,12 +63,21 @@ KERNEL_LAW = {
         "kernels.source",
     },
     "kernels.native.driver": {"kernels.integers"},
-    "kernels.native.nvrtc": set(),
+    "kernels.native.nvrtc": {"kernels.cache"},
     "kernels.native.plan": {"kernels.integers"},
     "kernels.bias": _TILE | {"kernels.table", "kernels.terms"},
+    "kernels.possible": {"kernels.gpu", "kernels.plan"},
+    "kernels.remembered": {"kernels.cache", "kernels.gpu", "kernels.plan", "kernels.possible"},
 }
-# Benchmarks and examples use public names; the search for plans drives the kernels themselves.
-USER_LAW = {"plans.py": {"check", "kernels", "kernels.gpu", "kernels.plan", "maps", "rules"}}
+# The command line may ask which plans are remembered. The search for plans drives the tasks one by one.
+ASKERS = {"kernels.cache", "kernels.remembered"}
+DRIVER = "tune.problem"
+# Benchmarks and examples use public names; that of plans is the package's search over its cases.
+USER_LAW = {
+    "plans.py": {"kernels.possible", "tune.compiling", "tune.find", "tune.problem", "tune.search"},
+}
+# Who may use public names.
+ABOVE = ("bench", "cli", "nlm", "tune")
 BENCH = {name for name in FILES if name.startswith("bench.")}
 
 
@@ -180,13 +191,17 @@ def top(module: str) -> str:
 @pytest.mark.parametrize("module", FILES)
 def test_the_import_law(module):
     got = imports(module, FILES[module])
-    if top(module) in ("bench", "cli", "nlm"):
+    if top(module) in ABOVE:
         names = public_names(FILES[module])
         assert names <= {*image_local_attention.__all__, "__version__", "nlm"}
         got.discard("__init__")
+    if module == "kernels.remembered":  # plans are those of a version
+        got.discard("__init__")
     assert {top(name) for name in got} <= LAW[top(module)]
+    if module == DRIVER:
+        got.discard("kernels")
     kernels = {name.removesuffix(".__init__") for name in FILES if top(name) == "kernels"}
-    assert got & kernels <= KERNEL_LAW.get(module, kernels)
+    assert got & kernels <= KERNEL_LAW.get(module, ASKERS if top(module) == "cli" else kernels)
     assert f"{top(module)}.__init__" not in got
     assert not got & {"kernels", "tiled"}, "nobody imports a package of kernels as a whole"
 
@@ -202,6 +217,7 @@ def test_the_core_needs_torch_alone(module):
     allowed = {
         "kernels": {"torch", "triton"},
         "bench": {"torch", "rich", "matplotlib", "natten"},
+        "tune": {"torch", "triton"},
         "cli": {"torch", "numpy", "PIL", "rich", "typer"},
     }
     assert {top(name) for name in found} - sys.stdlib_module_names - {NAME} <= allowed.get(top(module), {"torch"})
@@ -252,7 +268,8 @@ def test_no_function_outside_the_kernels_has_more_than_12_arguments():
     mirrors = {key for key in long if key[0] == "ops" and key[1].startswith("_")}  # of a schema
     public = {key for key in long if key[0] == "functional" and key[1] in image_local_attention.__all__}
     public |= {("modules", "__init__")}  # of the layer
-    assert long - mirrors - public == set()
+    commands = {key for key in long if key[0] == f"cli.{key[1]}"}
+    assert long - mirrors - public - commands == set()
 
 
 ON_THE_WAY = {"functional", "ops", "maps"} | {m for m in FILES if top(m) == "kernels"} - set(KERNEL_LAW)

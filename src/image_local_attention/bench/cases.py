@@ -20,6 +20,7 @@ FLOPS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("channels_last", "nchw")
 MODES = ("forward", "backward", "forward+backward")
+PRESENT = 0.9  # of the keys under a key_mask
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ class Case:
 
         query = normal(query_depth).mul_(self.depth**-0.5)
         return query, normal(query_depth), normal(value_depth), normal(value_depth)
+
+    def bias(self, device: torch.device, by_displacement: bool = False) -> Tensor:
+        """Random, [heads, kH*kW] by slot or [heads, 2*kH-1, 2*kW-1] by displacement."""
+        size = (2 * self.kernel - 1, 2 * self.kernel - 1) if by_displacement else (self.kernel**2,)
+        return torch.randn(self.heads, *size, device=device, dtype=DTYPES[self.dtype])
+
+    def key_mask(self, device: torch.device) -> Tensor:
+        """[B, H, W], True for PRESENT of the keys at random."""
+        return torch.rand(self.batch, self.height, self.width, device=device) < PRESENT
 
     @staticmethod
     def _sum(mode: str, forward: int, backward: int) -> int:

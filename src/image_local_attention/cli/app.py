@@ -5,6 +5,7 @@ import typer
 from .bench import bench
 from .denoise import denoise
 from .info import info
+from .tune import tune
 
 app = typer.Typer(
     help="Every pixel attends to the patch around it.",
@@ -14,4 +15,5 @@ app = typer.Typer(
 )
 app.command()(denoise)
 app.command()(bench)
+app.command()(tune)
 app.command()(info)

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,26 @@ def info() -> None:
         table.add_row("mps", platform.processor())
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         table.add_row("xpu", torch.xpu.get_device_name())
+    if find_spec("triton"):
+        table.add_row("plans", _plans())
     Console().print(table)
+
+
+def _plans() -> str:
+    """Where launches look for remembered plans, and how many of them each GPU takes."""
+    import torch
+
+    from ..kernels import remembered
+    from ..kernels.cache import VARIABLE
+
+    file = remembered.path()
+    if file is None:
+        return f"those of the table: {VARIABLE} is off"
+    if not file.exists():
+        return f"those of the table: there is no {file}"
+    counts = (len(remembered.plans(torch.device("cuda", index))) for index in range(torch.cuda.device_count()))
+    used = ", ".join(f"{count} in use on cuda:{index}" for index, count in enumerate(counts)) or "no GPU to use them"
+    return f"{file}: {used}"
 
 
 def _version(package: str) -> str:

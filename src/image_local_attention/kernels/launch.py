@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rules import Rules
 from ..window import Axis, Window
 from . import gpu as gpus
-from . import plan
+from . import plan, remembered
 from .geometry import Span, images, spans
 from .integers import cdiv
 from .source import Source, column_step, layout_of, source
@@ -153,7 +153,7 @@ class Launch:
         side_by_side = x.lattice == 1 and not folded
         facts = problem.facts if scattered or folded else problem.facts | {"copies"}
         chosen = task, product, depth, x.reach, planes, facts
-        self.plan = plan.INTERPRETED if gpu.interpreted else plan.choose(*chosen)
+        self.plan = plan.INTERPRETED if gpu.interpreted else remembered.choose(self.first.device, *chosen)
 
         by_pointer = self.plan.stream_by_pointer or scattered or folded
         ways = [_way(gpu, each, by_pointer, side_by_side) for each in streamed_layouts]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..cache import folder
+
 
 class CompileError(RuntimeError):
     """What NVRTC says of a source that it does not take."""
@@ -42,16 +44,6 @@ def compiled(source: str, options: tuple[str, ...]) -> bytes:
     if path is not None:
         _keep(path, binary)
     return binary
-
-
-def folder() -> Path | None:
-    """Where results are kept: IMAGE_LOCAL_ATTENTION_CACHE, else the user's cache; None where that is "off"."""
-    chosen = os.environ.get("IMAGE_LOCAL_ATTENTION_CACHE")
-    if chosen == "off":
-        return None
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "image-local-attention"
 
 
 def _kept(source: str, options: tuple[str, ...]) -> Path | None:

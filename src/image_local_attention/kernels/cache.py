@@ -1,0 +1,16 @@
+"""Where this library keeps what was compiled and what was tuned."""
+
+import os
+from pathlib import Path
+
+VARIABLE = "IMAGE_LOCAL_ATTENTION_CACHE"
+
+
+def folder() -> Path | None:
+    """The folder that VARIABLE names, else one in the user's cache; None, to keep nothing, where it is "off"."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen == "off":
+        return None
+    if not chosen:
+        chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "image-local-attention")
+    return Path(os.path.expanduser(chosen))

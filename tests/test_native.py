@@ -65,17 +65,17 @@ def test_every_plan_compiles_and_keeps_its_registers(task, planes, row, monkeypa
     assert compiled.shared <= SHARED
     for arch in (90, 100, 120):
         cubin = nvrtc._compile(compiled.source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
-        assert resources(cubin)["STACK"] <= 40, arch
+        assert resources(cubin)["STACK"] <= 64, arch
 
 
 @needs_nvrtc
 def test_windows_of_any_sides_compile(monkeypatch):
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    for (task, depth), kernel in itertools.product([("forward", 16), ("grad_key_value", 32)], [(1, 2), (4, 7), (9, 2)]):
-        row = next(
-            row for name, row in plan.rows() if name == task and row.depth == depth and max(kernel) <= row.kernel
-        )
-        compiled = compiled_for(task, row, kernel, torch.float16)
+    tasks = ("forward", 16), ("grad_key_value", 32)
+    for (task, depth), planes, kernel in itertools.product(tasks, (False, True), [(1, 2), (4, 7), (9, 2)]):
+        rows = (row for *of, row in plan.rows() if of == [task, planes] and row.depth == depth)
+        row = next(row for row in rows if max(kernel) <= row.kernel)
+        compiled = compiled_for(task, planes, row, kernel, torch.float16)
         assert nvrtc._compile(compiled.source, ("--gpu-architecture=sm_90", *compiled.options))
 
 

@@ -51,8 +51,12 @@ KERNEL_LAW = {
     "kernels.unfused": _TILE | {"kernels.terms"},
     "kernels.bias": _TILE | {"kernels.table", "kernels.terms"},
 }
-# Benchmarks and examples use public names; the search for plans drives the kernels themselves.
-USER_LAW = {"plans.py": {"check", "kernels", "kernels.gpu", "kernels.plan", "maps", "rules"}}
+# Benchmarks and examples use public names; the search for plans drives the kernels themselves, and two time backends.
+USER_LAW = {
+    "plans.py": {"check", "kernels", "kernels.gpu", "kernels.plan", "maps", "rules"},
+    "host.py": {"backends", "maps"},
+    "first_call.py": {"backends"},
+}
 BENCH = {name for name in FILES if name.startswith("bench.")}
 
 

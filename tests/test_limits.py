@@ -117,6 +117,7 @@ def test_stages_repeat_what_a_forward_pass_does():
     assert results["backend"][1][0].shape == heads.shape
 
 
+@needs_interpreter
 def test_the_launch_is_timed_with_the_arguments_of_a_pass(silent_kernels):
     kernel = silent_kernels["forward_kernel"]
     *_, (name, launch, _) = host.stages(TINY)

@@ -8,7 +8,7 @@ export KINETO_LOG_LEVEL := 99
 # without what was tuned on this machine, so that launches take the plans of the table
 export IMAGE_LOCAL_ATTENTION_CACHE := $(CURDIR)/build/cache
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-original gpu-peers gpu-options clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-original gpu-peers gpu-options gpu-limits gpu-host gpu-first-call gpu-growth gpu-unfused clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -57,6 +57,21 @@ gpu-peers:
 
 gpu-options:  ## what each window option costs
 	PYTHONPATH=src $(PYTHON) -m benchmarks.options --warm-up 16 --out benchmarks/results/options-$(GPU).json
+
+# Figures with a limit, all of them or one.
+gpu-limits: gpu-host gpu-first-call gpu-growth gpu-unfused
+
+gpu-host:  ## what a small call costs the host
+	PYTHONPATH=src $(PYTHON) -m benchmarks.host --warm-up 16 --out benchmarks/results/limits-$(GPU).json
+
+gpu-first-call:  ## with nothing compiled, and with all of it
+	PYTHONPATH=src $(PYTHON) -m benchmarks.first_call --out benchmarks/results/limits-$(GPU).json
+
+gpu-growth:  ## time a pixel of large maps
+	PYTHONPATH=src $(PYTHON) -m benchmarks.growth --warm-up 16 --out benchmarks/results/limits-$(GPU).json
+
+gpu-unfused:  ## bytes a second of the unfused operators
+	PYTHONPATH=src $(PYTHON) -m benchmarks.unfused --warm-up 16 --out benchmarks/results/limits-$(GPU).json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

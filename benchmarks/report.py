@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks import options
+from benchmarks import limits, options
 from image_local_attention.bench.cases import GROUPS, LAYOUTS, Case
 from image_local_attention.bench.plot import save_figures
 from image_local_attention.bench.rows import Row, load_rows
@@ -16,8 +17,15 @@ PASSES = "forward", "backward"
 BOTH_LAYOUTS = "design", "models"  # the groups whose cases come in each
 # Figures of the page, by the file of their rows, and the groups of cases that they show.
 DRAWN = {"h200": (["floor"], BOTH_LAYOUTS), "cpu": (["window"], ("cpu",))}
-# The files of results/ by what they begin with: GPUs' rows, CPUs' rows, rows of benchmarks.options.
-GPU, CPU, OPTIONS = "h", "cpu", "options-"
+# The files of results/ by what they begin with: GPUs' rows, CPUs' rows, rows of benchmarks.options and limits.
+GPU, CPU, OPTIONS, LIMITS = "h", "cpu", "options-", "limits-"
+# Figures with a limit, by where they stand in the page.
+LIMITED = {
+    "host": (limits.HOST, limits.HOST_STAGES),
+    "first call": (limits.FIRST_CALL, limits.FIRST_CALL_PARTS),
+    "growth": (limits.GROWTH,),
+    "unfused": (limits.UNFUSED,),
+}
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -64,7 +72,7 @@ def _mean(factors: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, factors)) / len(factors))
 
 
-def _measured_on(rows: Sequence[Row | options.Row]) -> str:
+def _measured_on(rows: Sequence[Row | options.Row | limits.Row]) -> str:
     where = {f"{row.gpu}, torch {row.torch}, triton {row.triton}, commit {row.commit}" for row in rows}
     return f"\n\nMeasured on: {'; '.join(sorted(where))}.\n"
 
@@ -85,6 +93,23 @@ def options_table(rows: Sequence[options.Row]) -> str:
         ]
         lines.append(" | ".join([f"| {option.name}", *(" / ".join(cell) for cell in cells)]) + " |")
     return "\n".join(lines) + _measured_on(rows)
+
+
+def limits_tables(figures: Sequence[limits.Figure], rows: Sequence[limits.Row]) -> str:
+    """A table for each figure that has rows, one row a line."""
+    tables = []
+    for figure in figures:
+        found = [row for row in rows if row.figure == figure.name]
+        if not found:
+            continue
+        lines = [f"| case | mode | {figure.quantity} | {figure.against} | ratio |", "|---|---|--:|--:|--:|"]
+        for row in found:
+            lines.append(f"| {row.case} | {row.mode} | {row.value:.4g} | {row.against:.4g} | {row.ratio:.2f} |")
+        if figure.goal:
+            met = sum(figure.met(row.ratio) for row in found)
+            lines.append(f"\nGoal of the ratio: {figure.goal}, met by {met} of {len(found)}.")
+        tables.append("\n".join(lines) + _measured_on(found))
+    return "\n".join(tables)
 
 
 def original_table(rows: Sequence[Row]) -> str:
@@ -146,6 +171,8 @@ def main() -> None:
     page = between(page, "models", tables_of(GPU, models_table))
     page = between(page, "options", tables_of(OPTIONS, options_table, options.Row))
     page = between(page, "CPU", tables_of(CPU, cpu_table))
+    for name, figures in LIMITED.items():
+        page = between(page, name, tables_of(LIMITS, partial(limits_tables, figures), limits.Row))
     PAGE.write_text(page)
     for stem, (names, groups) in DRAWN.items():
         if (path := RESULTS / f"{stem}.json").exists():

@@ -72,9 +72,11 @@ KERNEL_LAW = {
 # The command line may ask which plans are remembered. The search for plans drives the tasks one by one.
 ASKERS = {"kernels.cache", "kernels.remembered"}
 DRIVER = "tune.problem"
-# Benchmarks and examples use public names; that of plans is the package's search over its cases.
+# Benchmarks and examples use public names; that of plans is the package's search over its cases, two time backends.
 USER_LAW = {
     "plans.py": {"kernels.possible", "tune.compiling", "tune.find", "tune.problem", "tune.search"},
+    "host.py": {"backends", "maps"},
+    "first_call.py": {"backends"},
 }
 # Who may use public names.
 ABOVE = ("bench", "cli", "nlm", "tune")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from benchmarks import options, report
+from benchmarks import limits, options, report
 
 from image_local_attention.bench.cases import GROUPS
 from image_local_attention.bench.rows import Row, load_rows, save_rows
@@ -11,6 +11,7 @@ from image_local_attention.bench.rows import Row, load_rows, save_rows
 WHERE = {"torch": "2", "triton": None, "gpu": "none", "commit": "0"}
 NONE = dict.fromkeys(("host_ms", "floor_ms", "floor_share", "sketch_ms", "extension_ms"))
 OPTION = options.Row(options.PROBLEMS[0].name, "border mask", "forward", 0.5, 0.25, 2.0, **WHERE)
+LIMIT = limits.Row(limits.GROWTH.name, "a case", "forward", 3.0, 2.0, **WHERE)
 
 
 def row(case, impl="ours", mode="forward", l2=None, ms=2.0, **more) -> Row:
@@ -28,7 +29,7 @@ def page(monkeypatch, tmp_path):
     return path
 
 
-NAMES = ("GPU", "original", "models", "options", "CPU")
+NAMES = ("GPU", "original", "models", "options", "CPU", *report.LIMITED)
 
 
 def filled(**texts: str) -> str:
@@ -43,6 +44,7 @@ def test_every_table_has_its_place_and_other_text_stays(page, tmp_path):
     on_cpu = [row(case) for case in GROUPS["cpu"]]
     both = [row(case, l2="cold", floor_share=0.5, mode=mode) for case in GROUPS["design"][:2] for mode in report.PASSES]
     save_rows(tmp_path / "options-h200.json", [OPTION], options.Row)
+    save_rows(tmp_path / "limits-h200.json", [LIMIT], limits.Row)
     save_rows(tmp_path / "cpu.json", [*on_cpu, *(replace(each, mode="forward+backward") for each in on_cpu)])
     save_rows(tmp_path / "h200.json", both)
     for _ in range(2):  # it can be repeated
@@ -51,6 +53,7 @@ def test_every_table_has_its_place_and_other_text_stays(page, tmp_path):
             GPU=report.tables(both),
             options=report.options_table([OPTION]),
             CPU=report.cpu_table(load_rows(tmp_path / "cpu.json")),
+            growth=report.limits_tables([limits.GROWTH], [LIMIT]),
         )
     assert {str(path.relative_to(tmp_path / "figures")) for path in tmp_path.glob("figures/*/*")} == {
         "h200/floor.svg",
@@ -95,6 +98,33 @@ def test_image_models_stand_beside_flex_attention():
     rows = [row(case, l2="cold"), row(elsewhere, "flex", l2="cold"), row(case, "flex", l2="cold", ms=3.0)]
     assert report.models_table(rows[:2]) == ""
     assert report.models_table(rows).splitlines()[2] == f"| {case.name} | forward | 2 | - | - | 3 | 1.5 | 8 | - | - |"
+
+
+def test_figures_with_a_limit_have_a_table_each_that_counts_what_meets_the_goal():
+    growth = [replace(LIMIT, mode=mode, value=value) for mode, value in (("forward", 2.2), ("backward", 2.3))]
+    part = replace(LIMIT, figure=limits.FIRST_CALL_PARTS.name, value=0.5)
+    lines = report.limits_tables([limits.GROWTH], [*growth, part]).splitlines()
+    assert lines == [
+        "| case | mode | ps a pixel | ps a pixel at 1024x1024 | ratio |",
+        "|---|---|--:|--:|--:|",
+        "| a case | forward | 2.2 | 2 | 1.10 |",
+        "| a case | backward | 2.3 | 2 | 1.15 |",
+        "",
+        "Goal of the ratio: at most 1.1, met by 1 of 2.",
+        "",
+        "Measured on: none, torch 2, triton None, commit 0.",
+    ]
+    call = replace(LIMIT, figure=limits.FIRST_CALL.name)
+    both = report.limits_tables(report.LIMITED["first call"], [call, part])
+    assert both.count("Measured on") == 2
+    assert both.count("Goal") == 1
+    assert "| a case | forward | 0.5 | 2 | 0.25 |" in both
+
+
+def test_every_figure_with_a_limit_has_a_place():
+    shown = [figure.name for figures in report.LIMITED.values() for figure in figures]
+    assert len(set(shown)) == len(shown)
+    assert set(shown) == {each.name for each in vars(limits).values() if isinstance(each, limits.Figure)}
 
 
 def test_a_table_names_the_commits_of_its_own_rows():

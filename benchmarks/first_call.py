@@ -1,8 +1,8 @@
 """What the first call in a fresh process takes, nothing compiled and all of it: python -m benchmarks.first_call --help
 
 Torch and the library are imported, the maps are made and the device has done its work before the clock starts. It
-stops when the device has done its work again. "Cold": Triton's cache on disk is empty; "warm": it is as the cold
-process left it. Parts of the first forward pass:
+stops when the device has done its work again. "Cold": the caches on disk are empty, Triton's and that of the native
+kernels; "warm": they are as the cold process left them. Parts of the first forward pass:
 
 imports: of Triton and of the backend.
 compile: in Triton's compiler, or the reading of its cache.
@@ -29,6 +29,7 @@ from image_local_attention.bench.cases import Case
 
 CASES = Case(1, 128, 128, 1, 64, 7, "bf16"), Case(1, 128, 128, 1, 64, 11, "fp32", layout="nchw")
 GOALS = {"cold": 5.0, "warm": 0.3}  # seconds
+VARIABLE = "IMAGE_LOCAL_ATTENTION_CACHE"  # where native kernels are kept
 CHILD = "import sys; from benchmarks import first_call; first_call.child(sys.stdin.read())"
 
 
@@ -80,7 +81,7 @@ def in_a_fresh_process(case: Case, cache: str) -> dict[str, float]:
         input=json.dumps(asdict(case)),
         capture_output=True,
         text=True,
-        env=os.environ | {"TRITON_CACHE_DIR": cache},
+        env=os.environ | {"TRITON_CACHE_DIR": cache, VARIABLE: os.path.join(cache, "native")},
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-250:])

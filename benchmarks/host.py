@@ -7,7 +7,7 @@ do nothing. Stages are timed by themselves, each with the arguments that it gets
 
 operator: the registered operator, without the checks and the derivative of the public function.
 backend: the backend's function, without the operator.
-launch: the launch of the compiled kernel by Triton, without all that ours does for it.
+launch: the launch of the compiled kernel, by Triton or by the driver, without what is done to get there.
 """
 
 import statistics
@@ -92,12 +92,22 @@ def stages(case: Case) -> Iterator[tuple[str, Callable, Callable]]:
     heads = function.call_args.args
     yield "backend", partial(module.attention, *heads), partial(EmptyBackend.attention, *heads)
 
-    with patch.object(module.fused, "forward_kernel", MagicMock()) as kernel:
+    yield "launch", launched(module, heads), lambda: empty_kernel[(1,)]()
+
+
+def launched(module, heads: Sequence) -> Callable:
+    """The launch that a forward of the triton backend comes to: of a native kernel, else of Triton's."""
+    kernels = module.native.launch.Kernel
+    with (
+        patch.object(kernels, "__call__", autospec=True) as native,
+        patch.object(module.fused, "forward_kernel", MagicMock()) as kernel,
+    ):
         module.attention(*heads)
+    if native.called:
+        return partial(kernels.__call__, *native.call_args.args)
     grid = kernel.__getitem__.call_args.args[0]
     args, options = kernel.__getitem__.return_value.call_args
-    forward = module.fused.forward_kernel
-    yield "launch", lambda: forward[grid](*args, **options), lambda: empty_kernel[(1,)]()
+    return lambda: module.fused.forward_kernel[grid](*args, **options)
 
 
 def queue_us(call: Callable) -> list[float]:

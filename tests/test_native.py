@@ -114,7 +114,10 @@ def anywhere(monkeypatch):
     """As if there were a GPU that the kernels run on; what would be compiled is handed back."""
     monkeypatch.setattr(launch, "_available", lambda device: True)
     monkeypatch.setattr(launch, "_shared_limit", lambda device: SHARED)
-    monkeypatch.setattr(launch, "_native", lambda compiled, device: compiled)
+    monkeypatch.setattr(launch, "Native", lambda compiled, device: compiled)
+    launch._native.cache_clear()
+    yield
+    launch._native.cache_clear()
 
 
 def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), layout="last", scale=1.0, **more):
@@ -265,6 +268,7 @@ def served(monkeypatch):
 def test_every_plan_is_within_its_budget(task, planes, row, dtype, served, monkeypatch):
     """On a map of several tiles each way and a remainder, and on two images and two groups of heads."""
     choose = plan.choose
+    launch._native.cache_clear()
     monkeypatch.setattr(launch, "choose", lambda name, *rest: row.plan if name == task else choose(name, *rest))
     heads, kernel = heads_for(planes, row), row.kernel
     size, layouts = ((11, 24), ("contiguous",) * 4) if planes else ((11, 19), ("channels_last",) * 4)
@@ -274,6 +278,7 @@ def test_every_plan_is_within_its_budget(task, planes, row, dtype, served, monke
         check(ATTENTION, problem(heads, row.depth, size, sides, **more), TRITON, dtype)
     check(ATTENTION, problem(2 * heads, row.depth, (5, 8), (3, 3), batch=2, layouts=layouts), TRITON, dtype)
     assert task in served
+    launch._native.cache_clear()
 
 
 def problem(heads, depth, size, kernel, **more) -> Problem:

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gpu import padded
 
-_ALIGNMENT = 16  # bytes, of a descriptor's base and strides and of where a copy begins
+ALIGNMENT = 16  # bytes, of a descriptor's base and strides and of where a copy begins
 _SECTOR = 32  # bytes that memory moves at once
 
 # The order of axes that a descriptor sees, the innermost last, out of (batch, head, y, x, channel).
@@ -30,10 +30,10 @@ class Source:
 
 def layout_of(x: Tensor) -> str:
     """Which way's descriptor the map's strides and address allow, "rows" or "planes", else "pointer"."""
-    if x.data_ptr() % _ALIGNMENT:
+    if x.data_ptr() % ALIGNMENT:
         return "pointer"
     geometry = x.shape, x.stride(), x.element_size()
-    return next((way for way in _ORDERS if _descriptor_strides(way, *geometry) is not None), "pointer")
+    return next((way for way in _ORDERS if descriptor_strides(way, *geometry) is not None), "pointer")
 
 
 def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
@@ -43,7 +43,7 @@ def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
     order = _ORDERS[way]
     shape = [x.shape[axis] for axis in order]
     box = [(1, 1, *block, padded(x.shape[4]))[axis] for axis in order]
-    steps = _descriptor_strides(way, x.shape, x.stride(), x.element_size())
+    steps = descriptor_strides(way, x.shape, x.stride(), x.element_size())
     return Source(TensorDescriptor(x, shape, list(steps), box), x.stride(), way)
 
 
@@ -51,15 +51,15 @@ def column_step(x: Tensor, way: str, tile_width: int) -> int:
     """Pixels of which a block's first column must be a multiple: whole vectors, whole sectors for wide tiles."""
     if way not in ("planes", "columns"):
         return 1
-    return max(_ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
+    return max(ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
 
 
 @functools.lru_cache(maxsize=4096)
-def _descriptor_strides(
+def descriptor_strides(
     way: str, shape: tuple[int, ...], strides: tuple[int, ...], element_size: int
 ) -> tuple[int, ...] | None:
     """Strides in a way's order if a descriptor takes them: innermost 1, all others multiples of 16 bytes."""
-    step = _ALIGNMENT // element_size
+    step = ALIGNMENT // element_size
     *outer, inner = _ORDERS[way]
     # The stride of an axis of size 1 is never used, whatever torch says it is.
     steps = [strides[axis] if shape[axis] > 1 else step for axis in outer]

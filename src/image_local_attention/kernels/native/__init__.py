@@ -17,14 +17,15 @@ _SIGNS = 0x8000_8000  # of two halves
 
 def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> bool:
     """Fills `out` and its log-sum-exp [B, heads, H, W], contiguous."""
-    launch = native("forward", problem, (query, key, value, out))
+    maps = query, key, value, out
+    launch = native("forward", problem, maps)
     if launch is None:
         return False
     scale = problem.rules.scale
     heads, h, w = query.shape[1:4]
     flip = _SIGNS if scale < 0 else 0
     given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(scale) * _LOG2E, flip)
-    launch({0: query, 3: out}, {1: key, 2: value}, given)
+    launch(maps, given)
     return True
 
 
@@ -43,12 +44,13 @@ def grad_query(
     """Fills the gradient of the query, and delta = sum(grad_out * out) - grad_lse [B, heads, H, W], contiguous."""
     if not _contiguous(lse, grad_lse) or problem.rules.window.slots == 1:
         return False
-    launch = native("grad_query", problem, (query, key, value, grad_out, out, grad))
+    maps = query, key, value, grad_out, out, grad
+    launch = native("grad_query", problem, maps)
     if launch is None:
         return False
     pointers = (0 if x is None else x.data_ptr() for x in (lse, grad_lse, delta))
     given = numbers("QQQiiiff", *pointers, *_sizes_and_scales(query, problem))
-    launch({0: query, 3: grad_out, 4: out, 5: grad}, {1: key, 2: value}, given)
+    launch(maps, given)
     return True
 
 
@@ -66,11 +68,12 @@ def grad_key_value(
     """Fills the gradients of key and value, where both are wanted."""
     if grad_key is None or grad_value is None or not _contiguous(lse) or problem.rules.window.slots == 1:
         return False
-    launch = native("grad_key_value", problem, (query, key, value, grad_out, grad_key, grad_value))
+    maps = query, key, value, grad_out, grad_key, grad_value
+    launch = native("grad_key_value", problem, maps)
     if launch is None:
         return False
     given = numbers("QQiiiff", lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
-    launch({1: key, 2: value, 4: grad_key, 5: grad_value}, {0: query, 3: grad_out}, given)
+    launch(maps, given)
     return True
 
 

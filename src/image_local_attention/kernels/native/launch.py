@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...window import Window
 from .. import gpu as gpus
 from ..geometry import Span
 from ..integers import cdiv
 from ..launch import Problem
-from ..source import layout_of
+from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, tensor_map
 from .plan import Plan, Shape, choose, shape, shared
@@ -24,6 +25,13 @@ _serving = True
 _HALVES = torch.float16, torch.bfloat16
 _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is seen
 _MOST_BLOCKS = 65_535  # on the second and third axis of a grid
+
+# Whether tiles of a map are kept, or halos of it streamed, in the order of a kernel's arguments.
+_KEPT = {
+    "forward": (True, False, False, True),
+    "grad_query": (True, False, False, True, True, True),
+    "grad_key_value": (False, True, True, False, True, True),
+}
 
 
 @contextmanager
@@ -98,25 +106,26 @@ class Native:
     """A launch of a task over kept tiles of some maps and the halos of others."""
 
     def __init__(self, compiled: Compiled, device: torch.device) -> None:
-        self._kernel, self._device = _loaded(compiled, device), device
+        self._kernel, self._device = _loaded(compiled, device), device.index
         self._group, self._tile = compiled.group, compiled.plan.tile
         channels, planes = compiled.group * compiled.depth, compiled.planes
         (th, tw), (halo_h, halo_w) = self._tile, compiled.shape.halo
         if planes:  # a pattern is as wide as the rows of a copy
-            self._kept = planes, (tw, th, channels), 2 * tw * (tw > 8)
-            self._streamed = planes, (halo_w, halo_h, channels), 64 * (halo_w == 32)
+            tile = planes, (tw, th, channels), 2 * tw * (tw > 8)
+            halo = planes, (halo_w, halo_h, channels), 64 * (halo_w == 32)
         else:
-            self._kept = planes, (channels, tw, th), 2 * channels
-            self._streamed = planes, (channels, halo_w, halo_h), 2 * channels
+            tile = planes, (channels, tw, th), 2 * channels
+            halo = planes, (channels, halo_w, halo_h), 2 * channels
+        self._copies = tuple(tile if kept else halo for kept in _KEPT[compiled.task])
 
-    def __call__(self, kept: dict[int, Tensor], streamed: dict[int, Tensor], numbers: bytes) -> None:
-        """kept, streamed: maps by their place among the kernel's arguments, which `numbers` follow."""
-        copies = {i: (x, *self._kept) for i, x in kept.items()} | {i: (x, *self._streamed) for i, x in streamed.items()}
-        arguments = b"".join(tensor_map(*copies[i]) for i in range(len(copies))) + numbers
-        batch, heads, h, w, _ = kept[min(kept)].shape
+    def __call__(self, maps: tuple[Tensor, ...], numbers: bytes) -> None:
+        """maps, numbers: the kernel's arguments in their order."""
+        copies = [tensor_map(x, *copy) for x, copy in zip(maps, self._copies, strict=True)]
+        batch, heads, h, w, _ = maps[0].shape
         th, tw = self._tile
+        grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel((heads // self._group * cdiv(w, tw), cdiv(h, th), batch), arguments)
+            self._kernel(grid, b"".join((*copies, numbers)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,33 +136,47 @@ def _loaded(compiled: Compiled, device: torch.device) -> Kernel:
         return Kernel(cubin, compiled.task, 32 * compiled.plan.warps, compiled.shared)
 
 
-_native = functools.lru_cache(maxsize=1024)(Native)
-
-
 def native(task: str, problem: Problem, maps: tuple[Tensor, ...]) -> Native | None:
-    """The launch of a task over maps [B, heads, H, W, D] of one dtype, of which the first is the query's; else None.
+    """The launch of a task over maps [B, heads, H, W, D] of one dtype, the kernel's arguments; None: it is not served.
 
     Served are windows that slide over maps of half precision, pixel by pixel, whose keys outside of the map count as
     zeros, and no other terms of logits.
     """
-    first = maps[0]
-    heads, h, _, depth = first.shape[1:]
-    rules, device = problem.rules, first.device
-    if not _serving or first.dtype not in _HALVES or not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]:
+    rules, first = problem.rules, maps[0]
+    if not _serving or rules.bias is not None or rules.key_mask is not None:
         return None
-    if rules.bias is not None or rules.key_mask is not None or rules.window.raster or problem.group != 1:
+    if first.dtype not in _HALVES or not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]:
         return None
-    if not _slides(problem.spans) or not _available(device):
+    if problem.group != 1 or any(x.data_ptr() % ALIGNMENT for x in maps):
         return None
-    planes = layout_of(first) == "planes"
-    if any(x.shape[4] != depth or not _lies_in_a_row(x, planes) for x in maps):
+    geometry = tuple((x.shape, x.stride()) for x in maps)
+    return _native(task, rules.window, problem.spans, geometry, first.dtype, first.device)
+
+
+# Every call of a model asks for the same few.
+@functools.lru_cache(maxsize=4096)
+def _native(
+    task: str,
+    window: Window,
+    spans: tuple[Span, Span],
+    geometry: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Native | None:
+    """geometry: shape and strides of every map."""
+    if window.raster or not _slides(spans) or not _available(device):
         return None
-    kernel, lead = rules.window.kernel, (problem.spans[0].lead, problem.spans[1].lead)
+    batch, heads, h, _, depth = geometry[0][0]
+    planes = not _in_a_row("rows", *geometry[0])
+    if any(
+        shape[4] != depth or not _in_a_row("planes" if planes else "rows", shape, steps) for shape, steps in geometry
+    ):
+        return None
+    kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     plan = choose(task, planes, heads, depth, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
-    if plan is None or max(first.shape[0], cdiv(h, plan.tile[0])) > _MOST_BLOCKS:
+    if plan is None or max(batch, cdiv(h, plan.tile[0])) > _MOST_BLOCKS:
         return None
-    group = plan.group(heads, depth, planes)
-    return _native(Compiled(task, plan, planes, first.dtype, depth, group, kernel, lead), device)
+    return Native(Compiled(task, plan, planes, dtype, depth, plan.group(heads, depth, planes), kernel, lead), device)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:
@@ -174,10 +197,10 @@ def _shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _lies_in_a_row(x: Tensor, planes: bool) -> bool:
-    """Whether a tensor map reads the channels of all heads as one axis, whole vectors of channels or columns."""
-    in_a_row = x.shape[1] == 1 or x.stride(1) == x.shape[4] * x.stride(4)
-    return in_a_row and layout_of(x) == ("planes" if planes else "rows")
+def _in_a_row(way: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor map of a way reads the channels of all heads as one axis."""
+    in_a_row = shape[1] == 1 or strides[1] == shape[4] * strides[4]
+    return in_a_row and descriptor_strides(way, shape, strides, 2) is not None
 
 
 def numbers(form: str, *values: object) -> bytes:

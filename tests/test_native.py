@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,30 @@ def test_results_are_the_same_every_time_and_in_a_graph():
         captured = results()
     graph.replay()
     assert differing(captured) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("scale", [0.3, -0.7])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.usefixtures("poison")
+def test_signs_of_the_scale(scale, layout, served):
+    layouts = (layout,) * 4
+    check(ATTENTION, problem(2, 32, (9, 16), (5, 6), scale=scale, layouts=layouts), TRITON, torch.float16)
+    assert set(served) == {"forward", "grad_query", "grad_key_value"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_the_first_that_a_thread_does_on_a_gpu():
+    """As in the thread in which autograd runs a backward pass."""
+    maps = [torch.randn(1, 16, 9, 9, device="cuda", dtype=torch.float16) for _ in range(3)]
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(local_attention(*maps, 3)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], local_attention(*maps, 3))
 
 
 @pytest.mark.gpu

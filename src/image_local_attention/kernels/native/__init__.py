@@ -21,10 +21,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     launch = native("forward", problem, maps)
     if launch is None:
         return False
-    scale = problem.rules.scale
     heads, h, w = query.shape[1:4]
-    flip = _SIGNS if scale < 0 else 0
-    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(scale) * _LOG2E, flip)
+    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * _LOG2E, _flip(problem))
     launch(maps, given)
     return True
 
@@ -49,7 +47,7 @@ def grad_query(
     if launch is None:
         return False
     pointers = (0 if x is None else x.data_ptr() for x in (lse, grad_lse, delta))
-    given = numbers("QQQiiiff", *pointers, *_sizes_and_scales(query, problem))
+    given = numbers("QQQiiiffI", *pointers, *_sizes_and_scales(query, problem))
     launch(maps, given)
     return True
 
@@ -72,7 +70,7 @@ def grad_key_value(
     launch = native("grad_key_value", problem, maps)
     if launch is None:
         return False
-    given = numbers("QQiiiff", lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
+    given = numbers("QQiiiffI", lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
     launch(maps, given)
     return True
 
@@ -80,7 +78,12 @@ def grad_key_value(
 def _sizes_and_scales(query: Tensor, problem: Problem) -> tuple[float, ...]:
     heads, h, w = query.shape[1:4]
     scale = problem.rules.scale
-    return h, w, heads, scale * _LOG2E, scale
+    return h, w, heads, abs(scale) * _LOG2E, scale, _flip(problem)
+
+
+def _flip(problem: Problem) -> int:
+    """The sign bits of two halves where logits have the sign that their products have not."""
+    return _SIGNS if problem.rules.scale < 0 else 0
 
 
 def _contiguous(*floats: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Kernel:
     """A kernel of a cubin, on the current device. shared: bytes of shared memory that a block takes."""
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
+        _bind_thread()
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _checked(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
         _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
@@ -29,6 +31,7 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
         """Launches with `arguments`, the kernel's one argument, a struct."""
+        _bind_thread()
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -76,6 +79,21 @@ def _tensor_map(
     )
     _checked(status)
     return room.raw[start : start + _MAP_BYTES]
+
+
+_thread = threading.local()
+
+
+def _bind_thread() -> None:
+    """Gives a thread that has used no GPU yet the context of the current device, as torch would at its first kernel."""
+    if getattr(_thread, "bound", False):
+        return
+    context, device = ctypes.c_void_p(), torch.cuda.current_device()
+    _checked(_driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        _checked(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        _checked(_driver().cuCtxSetCurrent(context))
+    _thread.bound = True
 
 
 @functools.cache

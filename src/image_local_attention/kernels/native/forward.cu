@@ -5,7 +5,7 @@ struct Arguments {
   float* lse;         // [B, heads, H, W], natural
   int height, width, heads;
   float scale_log2;   // positive
-  u32 flip;           // the sign bits of two halves where the scale is negative, else 0
+  u32 flip;           // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
@@ -72,8 +72,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     const int step = head * STEPS;
     u32 q[STEPS][4];
     load_kept(q, kept, step);
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) q[i][0] ^= a.flip, q[i][1] ^= a.flip, q[i][2] ^= a.flip, q[i][3] ^= a.flip;
+    flip_signs(q, a.flip);
     Softmax softmax;
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS; chunk++) {

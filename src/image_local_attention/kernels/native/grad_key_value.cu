@@ -4,7 +4,8 @@ struct Arguments {
   TensorMap query, key, value, grad_out, grad_key, grad_value;
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
-  float scale_log2, scale;
+  float scale_log2, scale;  // the first is positive
+  u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int HALO_PIXELS = HALO_H * HALO_W;
@@ -61,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     const Row* row = rows + head * HALO_PIXELS;
     u32 k[STEPS][4], v[STEPS][4];
     load_kept(k, kept, step);
+    flip_signs(k, a.flip);
     load_kept(v, kept + (value - key), step);
     float sum_k[2 * STEPS][4], sum_v[2 * STEPS][4];
     zero(sum_k);

@@ -6,7 +6,8 @@ struct Arguments {
   const float *lse, *grad_lse;  // [B, heads, H, W]; lse is natural, no grad_lse is zero
   float* delta;                 // [B, heads, H, W]
   int height, width, heads;
-  float scale_log2, scale;
+  float scale_log2, scale;  // the first is positive
+  u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
 // sum(grad * out) of the rows `group`, and of those 8 later
@@ -53,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     barrier_wait(barrier);
     u32 q[STEPS][4], g[STEPS][4];
     load_kept(q, kept, step);
+    flip_signs(q, a.flip);
     load_kept(g, kept + (grad - query), step);
     float delta_low, delta_high;
     row_products(delta_low, delta_high, g, kept + (out - query), step);

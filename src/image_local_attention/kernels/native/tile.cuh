@@ -335,6 +335,14 @@ INLINE void load_kept(u32 (&r)[STEPS][4], u32 kept, int first_step) {
   for (int step = 0; step < STEPS; step++) load_fragments<PLANES>(r[step], tile_step(kept, first_step + step));
 }
 
+// Logits are products by a positive scale, for what is hidden to stay far below; signs are those of `kept`. flip: the sign
+// bits of two halves, or 0.
+INLINE void flip_signs(u32 (&kept)[STEPS][4], u32 flip) {
+#pragma unroll
+  for (int step = 0; step < STEPS; step++)
+    kept[step][0] ^= flip, kept[step][1] ^= flip, kept[step][2] ^= flip, kept[step][3] ^= flip;
+}
+
 // Rows `group` times `low`, the others times `high`, to where this warp's subtile lies in a tile.
 INLINE void store_kept(u32 kept, int first_step, const float (&sum)[2 * STEPS][4], float low, float high) {
 #pragma unroll

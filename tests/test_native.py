@@ -51,7 +51,8 @@ def compiled_for(task, planes: bool, row: plan.Row, kernel: tuple[int, int], dty
 def row_name(job) -> str:
     task, planes, row = job
     layout, heads = "planes" if planes else "rows", heads_for(planes, row)
-    return f"{task}-{layout}-{heads}x{row.depth}-k{row.kernel}-{row.plan.tile[0]}x{row.plan.tile[1]}"
+    size = "small-" if row.pixels < 2**20 else ""
+    return f"{task}-{size}{layout}-{heads}x{row.depth}-k{row.kernel}-{row.plan.tile[0]}x{row.plan.tile[1]}"
 
 
 EVERY_ROW = pytest.mark.parametrize(("task", "planes", "row"), plan.rows(), ids=map(row_name, plan.rows()))
@@ -96,15 +97,21 @@ def test_every_row_is_taken_by_what_it_names():
     for task, planes, row in plan.rows():
         kernel = (row.kernel, row.kernel)
         heads = heads_for(planes, row)
-        chosen = plan.choose(task, planes, heads, row.depth, kernel, row.kernel // 2, SHARED)
+        chosen = plan.choose(task, planes, heads, row.depth, row.pixels, kernel, row.kernel // 2, SHARED)
         assert chosen is not None
         assert plan.suits(chosen, chosen.group(heads, row.depth, planes), planes)
 
 
+def test_small_maps_have_plans_of_their_own():
+    of = "forward", False, 2, 64
+    assert plan.choose(*of, 2**15, (7, 7), 3, SHARED).tile == (8, 16)
+    assert plan.choose(*of, 2**15 + 1, (7, 7), 3, SHARED).tile == (8, 8)
+
+
 def test_no_plan_asks_for_more_shared_memory_than_there_is():
     kernel = (7, 7)
-    assert plan.choose("forward", False, 1, 64, kernel, 3, SHARED) is not None
-    assert plan.choose("forward", False, 1, 64, kernel, 3, 48 * 1024) is None
+    assert plan.choose("forward", False, 1, 64, 2**20, kernel, 3, SHARED) is not None
+    assert plan.choose("forward", False, 1, 64, 2**20, kernel, 3, 48 * 1024) is None
 
 
 # ---- what is served ------------------------------------------------------------------------------------------------

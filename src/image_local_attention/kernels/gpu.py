@@ -49,6 +49,7 @@ def of(device: torch.device) -> Gpu:
     return Gpu(target.arch if nvidia else -1, nvidia)
 
 
+@functools.cache
 def padded(depth: int) -> int:
     """Channels that a tile holds for a depth: a power of two, at least 16 for the matrix units."""
     return max(16, next_power_of_2(depth))

@@ -4,6 +4,7 @@ import functools
 import math
 from copy import copy
 from operator import mul
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,13 +117,64 @@ def _axes(window: Window, queries: tuple[int, int], keys: tuple[int, int]) -> tu
     return window.axes(keys, queries)
 
 
+class Arrangement(NamedTuple):
+    """How a plan reads maps: `ways` of the kept, then of the streamed ones, and `block` pixels of these a step.
+
+    Tiles are shifted left by `shift` columns, and halos begin `pad` columns early where their blocks cover these
+    anyway, so that copies begin where they are cheap as long as windows slide; where they do not, halos begin on
+    multiples of `align` columns.
+    """
+
+    ways: tuple[str, ...]
+    block: tuple[int, int]
+    shift: int
+    pad: int
+    align: int
+
+
+# Every call of a model asks for the same few.
+@functools.lru_cache(maxsize=4096)
+def _arranged(
+    chosen: plan.Plan,
+    gpu: gpus.Gpu,
+    spans: tuple[Span, Span],
+    kept: tuple[str, ...],
+    streamed: tuple[str, ...],
+    element_size: int,
+    transposed: bool,
+) -> Arrangement:
+    """kept, streamed: layouts of the maps. transposed: tiles are of keys."""
+    y, x = spans
+    scattered = y.lattice * x.lattice > 1
+    folded = not transposed and (y.folds or x.folds)
+    side_by_side = x.lattice == 1 and not folded
+    by_pointer = chosen.stream_by_pointer or scattered or folded
+    streamed_ways = [_way(gpu, each, by_pointer, side_by_side) for each in streamed]
+    tile_w = chosen.tile[1]
+    step, vector = (
+        max((column_step(element_size, way, wide) for way in streamed_ways), default=1) for wide in (tile_w, 1)
+    )
+    pad = shift = 0
+    if not (x.scaled or (transposed and x.folds)):
+        lead = x.reach - 1 - x.lead if transposed else x.lead
+        pad = chosen.free_columns(x.reach, -lead % vector, step)
+        shift = -(lead + pad) % step
+
+    def way_to_keep(layout: str) -> str:
+        """A descriptor where tiles begin and end on whole vectors of a map's columns."""
+        way = _way(gpu, layout, chosen.keep_by_pointer or scattered, side_by_side)
+        vector = column_step(element_size, way, 1)
+        return way if tile_w % vector == 0 and shift % vector == 0 else "pointer"
+
+    ways = *map(way_to_keep, kept), *streamed_ways
+    return Arrangement(ways, chosen.block_shape(x.reach + pad, step), shift, pad, step)
+
+
 class Launch:
     """A launch over maps [B, heads, H, W, D]: each program keeps a tile of some and streams the halo of others.
 
     tiles: (batch, heads, height, width) of the grid that is taken apart into tiles. transposed: these are of keys, and
-    the halo is of queries. `sources` are those of the kept, then of the streamed maps. Tiles are shifted left by
-    `shift` columns, and halos begin `pad` columns early where their blocks cover these anyway, so that copies begin
-    where they are cheap as long as windows slide; where they do not, halos begin on multiples of `align` columns.
+    the halo is of queries. `sources` are those of the kept, then of the streamed maps.
     """
 
     def __init__(
@@ -135,9 +187,9 @@ class Launch:
         transposed: bool = False,
     ) -> None:
         maps = *kept, *streamed
-        self.first, self.tiles = maps[0], tiles
+        self.first, self.tiles, self.transposed = maps[0], tiles, transposed
         gpu = gpus.of(self.first.device)
-        layouts = [layout_of(each) for each in maps]
+        layouts = tuple(map(layout_of, maps))
         kept_layouts, streamed_layouts = layouts[: len(kept)], layouts[len(kept) :]
         product = gpu.product(maps[0].dtype, problem.rules.precision)
         depth = max(each.shape[4] for each in maps)
@@ -148,42 +200,23 @@ class Launch:
         if planes and problem.rules.bias is None and plan.undivided(*dilated):
             problem = problem.undivided()
         self.spans = y, x = problem.spans
-        scattered = y.lattice * x.lattice > 1
-        folded = not transposed and (y.folds or x.folds)
-        side_by_side = x.lattice == 1 and not folded
-        facts = problem.facts if scattered or folded else problem.facts | {"copies"}
-        chosen = task, product, depth, x.reach, planes, facts
+        apart = y.lattice * x.lattice > 1 or (not transposed and (y.folds or x.folds))
+        chosen = task, product, depth, x.reach, planes, problem.facts if apart else problem.facts | {"copies"}
         self.plan = plan.INTERPRETED if gpu.interpreted else remembered.choose(self.first.device, *chosen)
 
-        by_pointer = self.plan.stream_by_pointer or scattered or folded
-        ways = [_way(gpu, each, by_pointer, side_by_side) for each in streamed_layouts]
-        tile_w, reach = self.plan.tile[1], x.reach
-        step, vector = (
-            max((column_step(each, way, wide) for each, way in zip(streamed, ways, strict=True)), default=1)
-            for wide in (tile_w, 1)
-        )
-        self.pad = self.shift = 0
-        self.align = step
-        if not (x.scaled or (transposed and x.folds)):
-            lead = x.reach - 1 - x.lead if transposed else x.lead
-            self.pad = self.plan.free_columns(reach, -lead % vector, step)
-            self.shift = -(lead + self.pad) % step
-        keep_by_pointer = self.plan.keep_by_pointer or scattered
-        kept_ways = [_way(gpu, each, keep_by_pointer, side_by_side) for each in kept_layouts]
-        ways = [*map(self._way_to_keep, kept, kept_ways), *ways]
-        block = self.plan.block_shape(reach + self.pad, step)
-        shapes = [self.plan.tile] * len(kept) + [block] * len(streamed)
-        self.sources = [source(*each) for each in zip(maps, shapes, ways, strict=True)]
-        self.transposed = transposed
+        geometry = self.spans, kept_layouts, streamed_layouts, self.first.element_size(), transposed
+        self.arrangement = arranged = _arranged(self.plan, gpu, *geometry)
+        shapes = [self.plan.tile] * len(kept) + [arranged.block] * len(streamed)
+        self.sources = [source(*each) for each in zip(maps, shapes, arranged.ways, strict=True)]
         self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
-            "TW": tile_w,
-            "ROWS": block[0],
-            "COLS": block[1],
-            "SHIFT": self.shift,
-            "PAD": self.pad,
-            "ALIGN": self.align,
+            "TW": self.plan.tile[1],
+            "ROWS": arranged.block[0],
+            "COLS": arranged.block[1],
+            "SHIFT": arranged.shift,
+            "PAD": arranged.pad,
+            "ALIGN": arranged.align,
             "PRODUCT": product,
         }
 
@@ -207,11 +240,6 @@ class Launch:
         by_displacement = problem.rules.by_displacement
         return (bias, mask), {"BY_DISPLACEMENT": by_displacement, "ROW": row, "WARPS": self.plan.warps}
 
-    def _way_to_keep(self, x: Tensor, way: str) -> str:
-        """The way to read a tile of `x`: `way` where tiles begin and end on whole vectors of its columns."""
-        step = column_step(x, way, 1)
-        return way if self.plan.tile[1] % step == 0 and self.shift % step == 0 else "pointer"
-
     def __call__(
         self,
         kernel,
@@ -222,7 +250,7 @@ class Launch:
     ) -> None:
         """Launches. addressed: tensors whose pixels the kernel may reach by pointer. grid: None is that of tiles."""
         if grid is None:
-            grid = tile_grid(self.tiles, self.plan.tile, self.shift, self.spans)
+            grid = tile_grid(self.tiles, self.plan.tile, self.arrangement.shift, self.spans)
             constants["FLAT"] = len(grid) == 1
         with torch.cuda.device_of(self.first):
             kernel[grid](

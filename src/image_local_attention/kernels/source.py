@@ -30,9 +30,12 @@ class Source:
 
 def layout_of(x: Tensor) -> str:
     """Which way's descriptor the map's strides and address allow, "rows" or "planes", else "pointer"."""
-    if x.data_ptr() % ALIGNMENT:
-        return "pointer"
-    geometry = x.shape, x.stride(), x.element_size()
+    return "pointer" if x.data_ptr() % ALIGNMENT else _layout(x.shape, x.stride(), x.element_size())
+
+
+# Every call of a model asks for the same few, here and below.
+@functools.lru_cache(maxsize=4096)
+def _layout(*geometry: object) -> str:
     return next((way for way in _ORDERS if descriptor_strides(way, *geometry) is not None), "pointer")
 
 
@@ -40,18 +43,26 @@ def source(x: Tensor, block: tuple[int, int], way: str) -> Source:
     """The source of a map for blocks of (rows, columns) pixels."""
     if way not in _ORDERS:
         return Source(x, x.stride(), way)
+    shape, steps, box = _described(way, block, x.shape, x.stride(), x.element_size())
+    return Source(TensorDescriptor(x, list(shape), list(steps), list(box)), x.stride(), way)
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(
+    way: str, block: tuple[int, int], shape: tuple[int, ...], strides: tuple[int, ...], element_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Shape, strides and block of a map's descriptor, in a way's order."""
     order = _ORDERS[way]
-    shape = [x.shape[axis] for axis in order]
-    box = [(1, 1, *block, padded(x.shape[4]))[axis] for axis in order]
-    steps = descriptor_strides(way, x.shape, x.stride(), x.element_size())
-    return Source(TensorDescriptor(x, shape, list(steps), box), x.stride(), way)
+    box = 1, 1, *block, padded(shape[4])
+    steps = descriptor_strides(way, shape, strides, element_size)
+    return tuple(shape[axis] for axis in order), steps, tuple(box[axis] for axis in order)
 
 
-def column_step(x: Tensor, way: str, tile_width: int) -> int:
+def column_step(element_size: int, way: str, tile_width: int) -> int:
     """Pixels of which a block's first column must be a multiple: whole vectors, whole sectors for wide tiles."""
     if way not in ("planes", "columns"):
         return 1
-    return max(ALIGNMENT // x.element_size(), min(_SECTOR // x.element_size(), tile_width))
+    return max(ALIGNMENT // element_size, min(_SECTOR // element_size, tile_width))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -166,14 +166,15 @@ def _native(
     """geometry: shape and strides of every map."""
     if window.raster or not _slides(spans) or not _available(device):
         return None
-    batch, heads, h, _, depth = geometry[0][0]
+    batch, heads, h, w, depth = geometry[0][0]
     planes = not _in_a_row("rows", *geometry[0])
     if any(
         shape[4] != depth or not _in_a_row("planes" if planes else "rows", shape, steps) for shape, steps in geometry
     ):
         return None
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
-    plan = choose(task, planes, heads, depth, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
+    of_maps = planes, heads, depth, batch * heads * h * w
+    plan = choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > _MOST_BLOCKS:
         return None
     return Native(Compiled(task, plan, planes, dtype, depth, plan.group(heads, depth, planes), kernel, lead), device)

@@ -90,6 +90,7 @@ class Row(NamedTuple):
     depth: int  # channels per head
     kernel: int  # the larger side of the widest window
     plan: Plan
+    pixels: int = 1 << 60  # of all images and heads, at most: few blocks are to share the multiprocessors evenly
 
 
 _TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # kept in shared memory, each as large as the query's
@@ -110,6 +111,7 @@ _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
         Row(32, 9, Plan((8, 8), 4, 4, 9)),
         Row(32, 13, Plan((8, 8), 8, 2, 4)),  # 512-2x32-k11 0.110 : 0.152, k13 0.104 : 0.151
         Row(64, 5, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.039 : 0.050, 2048-64-k5 0.547 : 0.740
+        Row(64, 7, Plan((8, 16), 8, 2, 9), pixels=2**15),  # 4x64-2x64-k7 0.012 : 0.013
         Row(64, 9, Plan((8, 8), 4, 3, 9)),  # 8x128-8x64-k7 0.181 : 0.221, k9 0.192 : 0.249
     ),
     ("grad_query", False): (
@@ -171,15 +173,16 @@ def rows() -> list[tuple[str, bool, Row]]:
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    task: str, planes: bool, heads: int, depth: int, kernel: tuple[int, int], lead: int, limit: int
+    task: str, planes: bool, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
 ) -> Plan | None:
     """The plan of "forward", "grad_query" or "grad_key_value"; None where the task is not served.
 
-    planes: whether maps have their columns side by side, else their channels. depth: channels per head. kernel:
-    (height, width) of the window. lead: columns from the first that a kept pixel sees to its own. limit: bytes of
-    shared memory that a block may take.
+    planes: whether maps have their columns side by side, else their channels. depth: channels per head. pixels: of all
+    images and heads. kernel: (height, width) of the window. lead: columns from the first that a kept pixel sees to its
+    own. limit: bytes of shared memory that a block may take.
     """
-    for _, _, plan in (row for row in _TABLE[task, planes] if row.depth == depth and max(kernel) <= row.kernel):
+    rows = (row for row in _TABLE[task, planes] if row.depth == depth and max(kernel) <= row.kernel)
+    for plan in (row.plan for row in rows if pixels <= row.pixels):
         group, held = plan.group(heads, depth, planes), shape(plan, kernel, lead, planes)
         if suits(plan, group, planes) and shared(task, plan, group, depth, held) <= limit:
             return plan

@@ -17,7 +17,7 @@ from image_local_attention import local_attention
 from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import launch, nvrtc, plan
-from image_local_attention.maps import split_heads
+from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 from image_local_attention.window import Window
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
@@ -66,7 +66,8 @@ def test_every_plan_compiles_and_keeps_its_registers(task, planes, row, monkeypa
     compiled = compiled_for(task, planes, row, (row.kernel, row.kernel))
     assert compiled.shared <= SHARED
     for arch in (90, 100, 120):
-        cubin = nvrtc._compile(compiled.source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
+        source = compiled.source + agreement(compiled)
+        cubin = nvrtc._compile(source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
         assert cubin
         if arch == 90:  # where plans were measured
             assert resources(cubin)["STACK"] <= 64
@@ -80,7 +81,22 @@ def test_windows_of_any_sides_compile(monkeypatch):
         rows = (row for *of, row in plan.rows() if of == [task, planes] and row.depth == depth)
         row = next(row for row in rows if max(kernel) <= row.kernel)
         compiled = compiled_for(task, planes, row, kernel, torch.float16)
-        assert nvrtc._compile(compiled.source, ("--gpu-architecture=sm_90", *compiled.options))
+        source = compiled.source + agreement(compiled)
+        assert nvrtc._compile(source, ("--gpu-architecture=sm_90", *compiled.options))
+
+
+def agreement(compiled: launch.Compiled) -> str:
+    """Source that does not compile unless `tile.cuh` counts as `plan` does."""
+    (sub_h, sub_w), (seen_h, seen_w), (halo_h, halo_w), _ = held = compiled.shape
+    tiles = {"forward": 1, "grad_query": 3, "grad_key_value": 2}[compiled.task]
+    rows = "GROUP * HALO_H * HALO_W * 8" if compiled.task == "grad_key_value" else "0"
+    facts = (
+        f"SUB_H == {sub_h} && SUB_W == {sub_w}",
+        f"SEEN_H == {seen_h} && SEEN_W == {seen_w} && PAIRS == {held.pairs}",
+        f"HALO_H == {halo_h} && HALO_W == {halo_w}",
+        f"2 * HALO_ROOM + {tiles} * TILE_ROOM + 16 + {rows} == {compiled.shared}",
+    )
+    return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -114,9 +130,6 @@ def test_no_plan_asks_for_more_shared_memory_than_there_is():
     assert plan.choose("forward", False, 1, 64, 2**20, kernel, 3, 48 * 1024) is None
 
 
-# ---- what is served ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def anywhere(monkeypatch):
     """As if there were a GPU that the kernels run on; what would be compiled is handed back."""
@@ -130,12 +143,14 @@ def anywhere(monkeypatch):
 
 def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), layout="last", scale=1.0, **more):
     """What would be compiled for a forward over maps of a layout."""
-    maps = [torch.zeros(2, heads * depth, *size, dtype=dtype) for _ in range(4)]
+    maps = [torch.zeros(2, heads * depth, *size, dtype=dtype) for _ in range(3)]
     if layout == "last":
         maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     elif layout == "chunks":
-        all_of_it = torch.zeros(2, 4 * heads * depth, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        maps = list(all_of_it.chunk(4, 1))
+        maps = list(torch.zeros(2, 3 * heads * depth, *size, dtype=dtype).chunk(3, 1))
+    elif layout == "chunks of the last":
+        all_of_it = torch.zeros(2, 3 * heads * depth, *size, dtype=dtype)
+        maps = list(all_of_it.contiguous(memory_format=torch.channels_last).chunk(3, 1))
     elif layout == "mixed":
         maps[0] = maps[0].contiguous(memory_format=torch.channels_last)
     elif layout == "unaligned":
@@ -144,6 +159,7 @@ def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), 
     window = Window(kernel, **{name: more.pop(name) for name in names if name in more})
     rules = Rules(window, scale, **more)
     maps = tuple(split_heads(x, heads) for x in maps)
+    maps = *maps, empty_heads(maps[0], depth)
     problem = launches.Problem(rules, heads, heads, size, size)
     return launch.native("forward", problem, maps)
 
@@ -151,7 +167,6 @@ def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), 
 def test_windows_that_slide_over_channels_last_halves_are_served(anywhere):
     served = asked()
     assert (served.depth, served.group, served.kernel, served.lead) == (32, 2, (7, 7), (3, 3))
-    assert asked(layout="chunks") == served
     assert asked(causal=(True, False)).lead == (6, 3)
     assert asked(kernel=(4, 7)).lead == (2, 3)
     assert asked(dtype=torch.float16, scale=-0.5).dtype == torch.float16
@@ -161,6 +176,7 @@ def test_windows_that_slide_over_channels_last_halves_are_served(anywhere):
 def test_windows_that_slide_over_planes_of_halves_are_served(anywhere):
     served = asked(layout="contiguous", size=(9, 16))
     assert (served.planes, served.group, served.shape.pad) == (True, 1, 5)
+    assert asked(layout="chunks", size=(9, 16)) == served
     assert asked(layout="contiguous", size=(9, 16), kernel=(7, 9)).shape.pad == 4
     assert served._replace(task="grad_key_value", lead=(3, 0)).shape.pad == 2
 
@@ -172,6 +188,7 @@ def test_windows_that_slide_over_planes_of_halves_are_served(anywhere):
         {"layout": "contiguous"},  # whose rows are no whole vectors
         {"layout": "unaligned"},
         {"layout": "mixed"},
+        {"layout": "chunks of the last"},  # whose output is contiguous
         {"depth": 24},
         {"kernel": (41, 41)},
         {"scale": 0.0},
@@ -200,55 +217,6 @@ def test_nothing_is_served_without_a_gpu():
     if not CUDA:
         assert asked() is None
 
-
-# ---- compiling -----------------------------------------------------------------------------------------------------
-
-EMPTY = 'extern "C" __global__ void nothing() {}'
-OPTIONS = ("--gpu-architecture=sm_90",)
-
-
-@pytest.fixture
-def compiler(monkeypatch, tmp_path):
-    """Counts what is compiled; results are kept in the folder that it gives."""
-    compile_it, count = nvrtc._compile, []
-    monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    monkeypatch.setattr(nvrtc, "_compile", lambda *args: count.append(args) or compile_it(*args))
-    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", str(tmp_path / "kept"))
-    return tmp_path / "kept", count
-
-
-@needs_nvrtc
-def test_what_was_compiled_is_kept(compiler):
-    folder, count = compiler
-    first = nvrtc.compiled(EMPTY, OPTIONS)
-    assert first.startswith(b"\x7fELF")
-    assert nvrtc.compiled(EMPTY, OPTIONS) == first
-    assert len(count) == 1
-    assert len(list(folder.iterdir())) == 1
-    nvrtc.compiled(EMPTY + "\n", OPTIONS)
-    nvrtc.compiled(EMPTY, ("--gpu-architecture=sm_100",))
-    assert len(count) == 3
-
-
-@needs_nvrtc
-def test_nothing_is_kept_where_that_is_off_or_cannot_be(compiler, monkeypatch):
-    folder, count = compiler
-    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", "off")
-    nvrtc.compiled(EMPTY, OPTIONS)
-    assert not folder.exists()
-    folder.write_text("not a folder")
-    monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", str(folder))
-    nvrtc.compiled(EMPTY, OPTIONS)
-    assert len(count) == 2
-
-
-@needs_nvrtc
-def test_a_source_that_does_not_compile_tells_why(compiler):
-    with pytest.raises(nvrtc.CompileError, match="undefined"):
-        nvrtc.compiled('extern "C" __global__ void wrong() { undefined; }', OPTIONS)
-
-
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 TRITON = Target("triton", "cuda")
 

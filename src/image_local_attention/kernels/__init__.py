@@ -15,9 +15,8 @@ from . import gpu as gpus
 from . import grad_bias, native, plan, unfused
 from .geometry import Span
 from .gpu import padded
-from .launch import Launch, Problem, depths, strides, tile_grid, ways, wide
+from .launch import LOG2E, Launch, Problem, depths, strides, tile_grid, ways, wide
 
-LOG2E = 1.4426950408889634
 TINY = 2.0**-126  # the least normal fp32: the product of less, a zero, with minus infinity is NaN
 
 

@@ -18,7 +18,8 @@ from .integers import cdiv
 from .source import Source, column_step, layout_of, source
 from .table import ceiling, table
 
-_MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
+LOG2E = 1.4426950408889634
+MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
 
 
 class Problem:
@@ -271,7 +272,7 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     tiles_y = cdiv(cdiv(h, y.lattice), tile[0]) * y.lattice
     tiles_x = cdiv(cdiv(w, x.lattice) + shift, tile[1]) * x.lattice
     grid = heads * tiles_x, tiles_y, batch
-    return grid if max(grid[1:]) <= _MOST_PROGRAMS else (math.prod(grid),)
+    return grid if max(grid[1:]) <= MOST_PROGRAMS else (math.prod(grid),)
 
 
 def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:

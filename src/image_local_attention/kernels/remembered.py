@@ -8,7 +8,6 @@ warned of and left alone.
 import functools
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,8 +18,8 @@ import torch
 import triton
 
 from .. import __version__
+from . import cache, plan
 from . import gpu as gpus
-from . import plan
 from .cache import folder
 from .plan import FACTS, Plan
 from .possible import TASKS, Asked, obstacle
@@ -93,13 +92,7 @@ def write(file: Path, entries: Iterable[Entry]) -> None:
     """Merges entries into a file, which is whole at every moment; newer ones replace those asked for alike there."""
     merged = {(entry.where, entry.asked): entry for entry in (*read(file), *entries)}
     lines = ",\n".join(sorted(json.dumps(entry.to_json()) for entry in merged.values()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        part.write_text(f'{{"format": {FORMAT}, "plans": [\n{lines}\n]}}\n')
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    cache.write(file, f'{{"format": {FORMAT}, "plans": [\n{lines}\n]}}\n'.encode())
 
 
 def here(device: torch.device) -> Where:

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for small windows over heads of half precision whose channels lie side by side.
+"""CUDA C++ kernels for small windows over heads of half precision.
 
 They compute what the kernels of `attention` do in Triton, which serve all that these do not, and are compiled at run
 time by the NVRTC that torch brings along. Each entry point says whether it served the call.
@@ -6,12 +6,11 @@ time by the NVRTC that torch brings along. Each entry point says whether it serv
 
 from torch import Tensor
 
-from ..launch import Problem
+from ..launch import LOG2E, Problem
 from .launch import native, numbers, portable
 
 __all__ = ["forward", "grad_key_value", "grad_query", "portable"]
 
-_LOG2E = 1.4426950408889634
 _SIGNS = 0x8000_8000  # of two halves
 
 
@@ -22,7 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     if launch is None:
         return False
     heads, h, w = query.shape[1:4]
-    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * _LOG2E, _flip(problem))
+    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(problem))
     launch(maps, given)
     return True
 
@@ -78,7 +77,7 @@ def grad_key_value(
 def _sizes_and_scales(query: Tensor, problem: Problem) -> tuple[float, ...]:
     heads, h, w = query.shape[1:4]
     scale = problem.rules.scale
-    return h, w, heads, abs(scale) * _LOG2E, scale, _flip(problem)
+    return h, w, heads, abs(scale) * LOG2E, scale, _flip(problem)
 
 
 def _flip(problem: Problem) -> int:

@@ -11,7 +11,7 @@ from ..integers import cdiv
 
 _SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16: copies do not look at what they move
-_SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes
+_SWIZZLE = {16: 0, 32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes of the pattern
 _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _STEP = 8  # halves in 16 bytes, of which strides are multiples
@@ -38,13 +38,13 @@ class Kernel:
         _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
 
 
-def tensor_map(x: Tensor, planes: bool, box: tuple[int, int, int], swizzled: int) -> bytes:
+def tensor_map(x: Tensor, planes: bool, box: tuple[int, int, int], pattern: int) -> bytes:
     """Of heads [B, heads, H, W, D] whose channels, or rows in `planes`, lie one after the other.
 
-    box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. swizzled: bytes of its
-    pattern, 0 is none.
+    box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. pattern: bytes that it
+    is swizzled in, 16 is none.
     """
-    return _tensor_map(x.data_ptr(), x.shape, x.stride(), planes, box, swizzled)
+    return _tensor_map(x.data_ptr(), x.shape, x.stride(), planes, box, pattern)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,7 +54,7 @@ def _tensor_map(
     strides: tuple[int, ...],
     planes: bool,
     box: tuple[int, int, int],
-    swizzled: int,
+    pattern: int,
 ) -> bytes:
     batch, heads, h, w, depth = shape
     sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
@@ -73,7 +73,7 @@ def _tensor_map(
         (ctypes.c_uint32 * 4)(*box, 1),
         (ctypes.c_uint32 * 4)(1, 1, 1, 1),
         0,
-        _SWIZZLE[swizzled],
+        _SWIZZLE[pattern],
         _PROMOTION,
         0,
     )

@@ -14,17 +14,15 @@ from ...window import Window
 from .. import gpu as gpus
 from ..geometry import Span
 from ..integers import cdiv
-from ..launch import Problem
+from ..launch import MOST_PROGRAMS, Problem
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, tensor_map
-from .plan import Plan, Shape, choose, shape, shared
+from .plan import Plan, Shape, choose, patterns, shape, shared
 
 _ARCH = 90  # the first with tensor copies
-_serving = True
 _HALVES = torch.float16, torch.bfloat16
 _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is seen
-_MOST_BLOCKS = 65_535  # on the second and third axis of a grid
 
 # Whether tiles of a map are kept, or halos of it streamed, in the order of a kernel's arguments.
 _KEPT = {
@@ -32,6 +30,8 @@ _KEPT = {
     "grad_query": (True, False, False, True, True, True),
     "grad_key_value": (False, True, True, False, True, True),
 }
+
+_serving = True
 
 
 @contextmanager
@@ -62,9 +62,13 @@ class Compiled(NamedTuple):
         return shape(self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.planes)
 
     @property
+    def patterns(self) -> tuple[int, int]:
+        return patterns(self.plan, self.shape, self.group * self.depth, self.planes)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
-        held = self.shape
+        held, (tile_pattern, halo_pattern) = self.shape, self.patterns
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
             "PLANES": int(self.planes),
@@ -77,6 +81,8 @@ class Compiled(NamedTuple):
             "TILE_H": self.plan.tile[0],
             "TILE_W": self.plan.tile[1],
             "PAD": held.pad,
+            "TILE_PATTERN": tile_pattern,
+            "HALO_PATTERN": halo_pattern,
             "WARPS": self.plan.warps,
             "RESIDENT": self.plan.resident,
             "CHUNK" if self.task == "forward" else "UNROLL": min(self.plan.step, held.pairs),
@@ -109,13 +115,9 @@ class Native:
         self._kernel, self._device = _loaded(compiled, device), device.index
         self._group, self._tile = compiled.group, compiled.plan.tile
         channels, planes = compiled.group * compiled.depth, compiled.planes
-        (th, tw), (halo_h, halo_w) = self._tile, compiled.shape.halo
-        if planes:  # a pattern is as wide as the rows of a copy
-            tile = planes, (tw, th, channels), 2 * tw * (tw > 8)
-            halo = planes, (halo_w, halo_h, channels), 64 * (halo_w == 32)
-        else:
-            tile = planes, (channels, tw, th), 2 * channels
-            halo = planes, (channels, halo_w, halo_h), 2 * channels
+        pixels = self._tile, compiled.shape.halo
+        boxes = ((w, h, channels) if planes else (channels, w, h) for h, w in pixels)
+        tile, halo = ((planes, *each) for each in zip(boxes, compiled.patterns, strict=True))
         self._copies = tuple(tile if kept else halo for kept in _KEPT[compiled.task])
 
     def __call__(self, maps: tuple[Tensor, ...], numbers: bytes) -> None:
@@ -175,7 +177,7 @@ def _native(
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     of_maps = planes, heads, depth, batch * heads * h * w
     plan = choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
-    if plan is None or max(batch, cdiv(h, plan.tile[0])) > _MOST_BLOCKS:
+    if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
     return Native(Compiled(task, plan, planes, dtype, depth, plan.group(heads, depth, planes), kernel, lead), device)
 
@@ -190,7 +192,9 @@ def _slides(spans: tuple[Span, Span]) -> bool:
 @functools.cache
 def _available(device: torch.device) -> bool:
     gpu = gpus.of(device)
-    return gpu.nvidia and gpu.arch >= _ARCH and nvrtc.library() is not None
+    if not gpu.nvidia or gpu.arch < _ARCH or nvrtc.library() is None:
+        return False
+    return gpu.arch in nvrtc.architectures()
 
 
 @functools.cache

@@ -7,12 +7,13 @@ import glob
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
-from ..cache import folder
+from .. import cache
+
+_MAGIC = b"\x7fELF"  # with which machine code begins
 
 
 class CompileError(RuntimeError):
@@ -35,32 +36,40 @@ def find(major: str) -> ctypes.CDLL | None:
     return None
 
 
+@functools.cache
+def architectures() -> frozenset[int]:
+    """The GPUs that NVRTC compiles for, 90 for sm_90."""
+    nvrtc, count = library(), ctypes.c_int()
+    _checked(nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _checked(nvrtc.nvrtcGetSupportedArchs(found))
+    return frozenset(found)
+
+
 def compiled(source: str, options: tuple[str, ...]) -> bytes:
-    """Machine code (a cubin) of `source`; from disk where it was compiled before."""
+    """Machine code (a cubin) of `source`; from disk where it was compiled before and can be read.
+
+    A folder that cannot be written is no error.
+    """
     path = _kept(source, options)
-    if path is not None and path.exists():
-        return path.read_bytes()
+    if path is not None:
+        with contextlib.suppress(OSError):
+            binary = path.read_bytes()
+            if binary.startswith(_MAGIC):
+                return binary
     binary = _compile(source, options)
     if path is not None:
-        _keep(path, binary)
+        with contextlib.suppress(OSError):
+            cache.write(path, binary)
     return binary
 
 
 def _kept(source: str, options: tuple[str, ...]) -> Path | None:
-    where = folder()
+    where = cache.folder()
     if where is None:
         return None
     key = hashlib.sha256("\0".join((source, *options, _version())).encode()).hexdigest()
     return where / f"{key[:32]}.cubin"
-
-
-def _keep(path: Path, binary: bytes) -> None:
-    """In one step, for other processes never to see half of it; a folder that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        os.replace(file.name, path)
 
 
 @functools.cache

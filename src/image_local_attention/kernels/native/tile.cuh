@@ -33,9 +33,6 @@ constexpr int SEEN = SEEN_H * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_d
 constexpr int HALO_W = TILE_W - SUB_W + SEEN_W;
 // One row more where that makes fragments of channels lie in different banks.
 constexpr int HALO_H = TILE_H + KERNEL_H - 1 + (PLANES && (TILE_H + KERNEL_H - 1) % 2 == 0);
-// Bytes of the patterns of halos and tiles: those of a copy's rows, and 16 is none.
-constexpr int HALO_PATTERN = PLANES ? (HALO_W == 32 ? 64 : 16) : GROUP * DEPTH * 2;
-constexpr int TILE_PATTERN = PLANES ? TILE_W * 2 : GROUP * DEPTH * 2;
 constexpr int CHANNELS = GROUP * DEPTH, STEPS = DEPTH / 16;  // steps of the matrix units along channels
 constexpr int TILE_BYTES = TILE_H * TILE_W * CHANNELS * 2;
 constexpr int HALO_BYTES = HALO_H * HALO_W * CHANNELS * 2;
@@ -48,8 +45,6 @@ static_assert(PLANES ? GROUP == 1 && TILE_H * TILE_W % 32 == 0 : CHANNELS == 16 
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 INLINE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
-// ---- barriers and copies -------------------------------------------------------------------------------------------
 
 INLINE void barrier_init(u32 barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
@@ -92,8 +87,6 @@ INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, 
 INLINE void writes_visible_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// ---- fragments -----------------------------------------------------------------------------------------------------
 
 // A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
 INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }
@@ -148,10 +141,11 @@ INLINE void store_fragments(u32 address, u32 a, u32 b, u32 c, u32 d) {
 // c += a b, of 16 rows, 16 channels or keys and 8 columns
 INLINE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -196,8 +190,6 @@ INLINE float most_of_row(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
-
-// ---- subtiles and what they see ------------------------------------------------------------------------------------
 
 struct Lane {
   int thread, lane, warp, group, member;  // fragments: rows `group` and `group + 8`, columns 2 * `member` and the next
@@ -335,8 +327,8 @@ INLINE void load_kept(u32 (&r)[STEPS][4], u32 kept, int first_step) {
   for (int step = 0; step < STEPS; step++) load_fragments<PLANES>(r[step], tile_step(kept, first_step + step));
 }
 
-// Logits are products by a positive scale, for what is hidden to stay far below; signs are those of `kept`. flip: the sign
-// bits of two halves, or 0.
+// Logits are products by a positive scale, for what is hidden to stay far below: their signs are those of `kept`. flip:
+// the sign bits of two halves, or 0.
 INLINE void flip_signs(u32 (&kept)[STEPS][4], u32 flip) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
@@ -352,8 +344,6 @@ INLINE void store_kept(u32 kept, int first_step, const float (&sum)[2 * STEPS][4
                     pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
   }
 }
-
-// ---- programs ------------------------------------------------------------------------------------------------------
 
 struct Place {
   int channel, first_head, x, y, image;

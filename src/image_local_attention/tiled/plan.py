@@ -11,11 +11,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ..window import OUTSIDE, Axis, Window
 
-SCORES = 2**18  # of one product: 1 MiB in fp32, so that the passes over them stay in cache
+MOST_SCORES = 2**19  # of one product: 2 MiB in fp32
+L2_BYTES = 2**19  # of a core's second cache, where the system does not tell
 SIDES = (1, 2, 4, 8, 16, 32)  # of tiles
 
 # Nanoseconds on one core at 2.6 GHz with AVX-512, fp32; only the ratios matter.
@@ -212,17 +216,41 @@ class Plan:
         return {chunk: tuple(_runs(self.x.patterns[chunk.start : chunk.stop])) for chunk in self.chunks}
 
 
-@functools.lru_cache(maxsize=256)
 def cut(window: Window, queries: tuple[int, int], size: tuple[int, int], folded: int, maps: int, work: Work) -> Plan:
     """The cheapest plan for `maps` heads and images of keys of a size, each for `folded` heads of queries."""
-    return min(_plans(window, window.axes(size, queries), folded, maps), key=lambda plan: _cost(plan, work))
+    return _cut(window, queries, size, folded, maps, work, scores_in_cache(torch.get_num_threads()))
 
 
-def _plans(window: Window, axes: tuple[Axis, Axis], folded: int, maps: int) -> Iterator[Plan]:
+@functools.cache
+def scores_in_cache(threads: int) -> int:
+    """Scores of one product in fp32, for the passes over them to stay in the second caches of the threads' cores."""
+    told = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")  # as "2048K", on Linux
+    try:
+        l2_bytes = int(told.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        l2_bytes = L2_BYTES
+    return min(MOST_SCORES, threads * l2_bytes // 4)
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(
+    window: Window,
+    queries: tuple[int, int],
+    size: tuple[int, int],
+    folded: int,
+    maps: int,
+    work: Work,
+    scores: int,
+) -> Plan:
+    plans = _plans(window, window.axes(size, queries), folded, maps, scores)
+    return min(plans, key=lambda plan: _cost(plan, work))
+
+
+def _plans(window: Window, axes: tuple[Axis, Axis], folded: int, maps: int, scores: int) -> Iterator[Plan]:
     ways = ([Tiles(axis, side) for side in SIDES if side < 2 * axis.query_count] for axis in axes)
     for y, x in itertools.product(*ways):
         one = Plan(window, y, x, folded, 1, 1)
-        tiles = max(1, SCORES // math.prod(one.scores))
+        tiles = max(1, scores // math.prod(one.scores))
         yield Plan(window, y, x, folded, max(1, min(maps, tiles // x.count)), share(x.count, tiles))
 
 

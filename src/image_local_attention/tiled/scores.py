@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..window import Window
 from .gathered import tensor
-from .plan import SCORES, Pattern, Plan
+from .plan import Pattern, Plan
 from .products import multiply
 from .strips import key_strip
 
-KEPT = 4 * SCORES  # numbers, of terms that are kept for tiles of the same patterns
+KEPT = 2**20  # numbers, of terms that are kept for tiles of the same patterns
 Patterns = tuple[Pattern, Pattern]  # y, x
 
 

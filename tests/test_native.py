@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import struct
 import subprocess
 import tempfile
 import threading
@@ -86,14 +87,16 @@ def test_windows_of_any_sides_compile(monkeypatch):
 
 
 def agreement(compiled: launch.Compiled) -> str:
-    """Source that does not compile unless `tile.cuh` counts as `plan` does."""
+    """Source that does not compile unless `tile.cuh` counts as `plan` does, and arguments end where `launch` says."""
     (sub_h, sub_w), (seen_h, seen_w), (halo_h, halo_w), _ = held = compiled.shape
     tiles = {"forward": 1, "grad_query": 3, "grad_key_value": 2}[compiled.task]
     rows = "GROUP * HALO_H * HALO_W * 8" if compiled.task == "grad_key_value" else "0"
+    arguments = launch.ARGUMENTS[compiled.task]
     facts = (
         f"SUB_H == {sub_h} && SUB_W == {sub_w}",
         f"SEEN_H == {seen_h} && SEEN_W == {seen_w} && PAIRS == {held.pairs}",
         f"HALO_H == {halo_h} && HALO_W == {halo_w}",
+        f"__builtin_offsetof(Arguments, flip) + 4 == {128 * len(arguments.kept) + struct.calcsize(arguments.numbers)}",
         f"2 * HALO_ROOM + {tiles} * TILE_ROOM + 16 + {rows} == {compiled.shared}",
     )
     return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)

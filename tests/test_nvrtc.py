@@ -76,11 +76,7 @@ def test_a_file_that_cannot_be_read_is_compiled_anew(compiler):
 @needs_nvrtc
 def test_a_gpu_that_nvrtc_does_not_know_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    nvrtc.architectures.cache_clear()
     assert {90, 100, 120} <= nvrtc.architectures()
     for arch, there in ((90, True), (999, False), (80, False)):
         monkeypatch.setattr(launch.gpus, "of", lambda device, arch=arch: launch.gpus.Gpu(arch, True))
-        launch._available.cache_clear()
         assert launch._available(torch.device("cuda", 0)) == there
-    launch._available.cache_clear()
-    nvrtc.architectures.cache_clear()

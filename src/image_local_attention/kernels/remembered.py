@@ -20,7 +20,6 @@ import triton
 from .. import __version__
 from . import cache, plan
 from . import gpu as gpus
-from .cache import folder
 from .plan import FACTS, Plan
 from .possible import TASKS, Asked, obstacle
 
@@ -69,7 +68,7 @@ class Entry:
 
 def path() -> Path | None:
     """The file that launches read; None where nothing is kept."""
-    where = folder()
+    where = cache.folder()
     return where and where / "plans.json"
 
 

@@ -7,7 +7,7 @@ time by the NVRTC that torch brings along. Each entry point says whether it serv
 from torch import Tensor
 
 from ..launch import LOG2E, Problem
-from .launch import native, numbers, portable
+from .launch import native, portable
 
 __all__ = ["forward", "grad_key_value", "grad_query", "portable"]
 
@@ -21,8 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     if launch is None:
         return False
     heads, h, w = query.shape[1:4]
-    given = numbers("QiiifI", lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(problem))
-    launch(maps, given)
+    launch(maps, lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(problem))
     return True
 
 
@@ -46,8 +45,7 @@ def grad_query(
     if launch is None:
         return False
     pointers = (0 if x is None else x.data_ptr() for x in (lse, grad_lse, delta))
-    given = numbers("QQQiiiffI", *pointers, *_sizes_and_scales(query, problem))
-    launch(maps, given)
+    launch(maps, *pointers, *_sizes_and_scales(query, problem))
     return True
 
 
@@ -69,8 +67,7 @@ def grad_key_value(
     launch = native("grad_key_value", problem, maps)
     if launch is None:
         return False
-    given = numbers("QQiiiffI", lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
-    launch(maps, given)
+    launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
     return True
 
 

@@ -2,15 +2,16 @@
 
 struct Arguments {
   TensorMap query, key, value, out;
-  float* lse;         // [B, heads, H, W], natural
+  float* lse;  // [B, heads, H, W], natural
   int height, width, heads;
-  float scale_log2;   // positive
-  u32 flip;           // of the kept maps' signs, where the scale is negative
+  float scale_log2;  // positive
+  u32 flip;          // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
-constexpr float LEAST = -1e30f;  // of a maximum: below any logit, above what is hidden
-constexpr float SLACK = 8.0f;    // powers of two that a weight may exceed 1 by before sums are scaled down
+// Of a maximum: below any logit. Weights of a row that has seen nothing yet are scaled down to 0 when it does.
+constexpr float LEAST = -1e30f;
+constexpr float SLACK = 8.0f;  // powers of two that a weight may exceed 1 by before sums are scaled down
 
 struct Softmax {
   float o[2 * STEPS][4], low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
@@ -84,8 +85,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
         const int pair = chunk * CHUNK + i;
         const Hidden hidden = hidden_table.of[min(pair, PAIRS)][l.lane];
         float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-        visibility.start(block[0], hidden.block[0]);
-        visibility.start(block[1], hidden.block[1]);
+        visibility.start(block, hidden);
         seen[i] = l.streamed(key, pair);
         scores(block, q, seen[i], step);
       }
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     store_kept(kept, step, softmax.o, 1.0f / low, 1.0f / high);
     const int y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
     if (l.member == 0 && x < a.width) {
-      float* lse = a.lse + (((long long)at.image * a.heads + at.first_head + head) * a.height + y) * a.width + x;
+      float* lse = a.lse + at.pixel(a, head, y, x);
       if (y < a.height) lse[0] = (softmax.low + __log2f(low)) * LN2;
       if (y + NEXT_ROWS < a.height) lse[NEXT_ROWS * a.width] = (softmax.high + __log2f(high)) * LN2;
     }

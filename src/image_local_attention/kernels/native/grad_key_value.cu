@@ -8,7 +8,6 @@ struct Arguments {
   u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
-constexpr int HALO_PIXELS = HALO_H * HALO_W;
 constexpr bool ADJACENT = SEEN_W % 2 == 0 && HALO_W % 2 == 0;  // two queries of a lane lie side by side, evenly
 
 struct alignas(8) Row {
@@ -26,7 +25,7 @@ INLINE void load_rows(Row* rows, const Arguments& a, const Place& at, int thread
     const int y = y0 + pixel / HALO_W, x = x0 + pixel % HALO_W;
     Row row = {__int_as_float(0x7F800000), 0.0f};
     if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
-      const long long from = (((long long)at.image * a.heads + at.first_head + head) * a.height + y) * a.width + x;
+      const long long from = at.pixel(a, head, y, x);
       row = {a.lse[from] * LOG2E, a.delta[from]};
     }
     rows[i] = row;
@@ -72,8 +71,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
       const Hidden hidden = hidden_table.of[pair][l.lane];
       const u32 seen = l.streamed(query, pair);
       float p[2][4], dp[2][4];
-      visibility.start(p[0], hidden.block[0]);
-      visibility.start(p[1], hidden.block[1]);
+      visibility.start(p, hidden);
       scores(p, k, seen, step);
       zero(dp);
       scores(dp, v, seen + (grad - query), step);

@@ -16,7 +16,7 @@ INLINE void row_products(float& low, float& high, const u32 (&grad)[STEPS][4], u
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 o[4];
-    load_fragments<PLANES>(o, tile_step(out, first_step + step));
+    load_fragments<PLANES>(o, at_step<TILE_PIXELS>(out, first_step + step));
     low += product_of_two(grad[step][0], o[0]) + product_of_two(grad[step][2], o[2]);
     high += product_of_two(grad[step][1], o[1]) + product_of_two(grad[step][3], o[3]);
   }
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
     const int step = head * STEPS;
-    const long long pixel = (((long long)at.image * a.heads + at.first_head + head) * a.height + y) * a.width + x;
+    const long long pixel = at.pixel(a, head, y, x);
     const float lse_low = low_there ? a.lse[pixel] * LOG2E : 0.0f;
     const float lse_high = high_there ? a.lse[pixel + next] * LOG2E : 0.0f;
     barrier_wait(barrier);
@@ -71,8 +71,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
       const Hidden hidden = hidden_table.of[pair][l.lane];
       const u32 seen = l.streamed(key, pair);
       float s[2][4], dp[2][4];
-      visibility.start(s[0], hidden.block[0]);
-      visibility.start(s[1], hidden.block[1]);
+      visibility.start(s, hidden);
       scores(s, q, seen, step);
       zero(dp);
       scores(dp, g, seen + (value - key), step);

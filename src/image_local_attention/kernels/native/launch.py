@@ -24,11 +24,21 @@ _ARCH = 90  # the first with tensor copies
 _HALVES = torch.float16, torch.bfloat16
 _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is seen
 
-# Whether tiles of a map are kept, or halos of it streamed, in the order of a kernel's arguments.
-_KEPT = {
-    "forward": (True, False, False, True),
-    "grad_query": (True, False, False, True, True, True),
-    "grad_key_value": (False, True, True, False, True, True),
+
+class Arguments(NamedTuple):
+    """Of a kernel, as its struct of that name has them: maps, then numbers.
+
+    kept: of each map, whether tiles are kept, else halos are streamed. numbers: their form for `struct.pack`.
+    """
+
+    kept: tuple[bool, ...]
+    numbers: str
+
+
+ARGUMENTS = {
+    "forward": Arguments((True, False, False, True), "<QiiifI"),
+    "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
+    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffI"),
 }
 
 _serving = True
@@ -118,16 +128,18 @@ class Native:
         pixels = self._tile, compiled.shape.halo
         boxes = ((w, h, channels) if planes else (channels, w, h) for h, w in pixels)
         tile, halo = ((planes, *each) for each in zip(boxes, compiled.patterns, strict=True))
-        self._copies = tuple(tile if kept else halo for kept in _KEPT[compiled.task])
+        arguments = ARGUMENTS[compiled.task]
+        self._copies = tuple(tile if kept else halo for kept in arguments.kept)
+        self._pack = struct.Struct(arguments.numbers).pack
 
-    def __call__(self, maps: tuple[Tensor, ...], numbers: bytes) -> None:
+    def __call__(self, maps: tuple[Tensor, ...], *numbers: float) -> None:
         """maps, numbers: the kernel's arguments in their order."""
         copies = [tensor_map(x, *copy) for x, copy in zip(maps, self._copies, strict=True)]
         batch, heads, h, w, _ = maps[0].shape
         th, tw = self._tile
         grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel(grid, b"".join((*copies, numbers)))
+            self._kernel(grid, b"".join((*copies, self._pack(*numbers))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -169,11 +181,10 @@ def _native(
     if window.raster or not _slides(spans) or not _available(device):
         return None
     batch, heads, h, w, depth = geometry[0][0]
-    planes = not _in_a_row("rows", *geometry[0])
-    if any(
-        shape[4] != depth or not _in_a_row("planes" if planes else "rows", shape, steps) for shape, steps in geometry
-    ):
+    way = "rows" if _in_a_row("rows", *geometry[0]) else "planes"
+    if any(shape[4] != depth or not _in_a_row(way, shape, strides) for shape, strides in geometry):
         return None
+    planes = way == "planes"
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     of_maps = planes, heads, depth, batch * heads * h * w
     plan = choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
@@ -189,7 +200,6 @@ def _slides(spans: tuple[Span, Span]) -> bool:
     )
 
 
-@functools.cache
 def _available(device: torch.device) -> bool:
     gpu = gpus.of(device)
     if not gpu.nvidia or gpu.arch < _ARCH or nvrtc.library() is None:
@@ -197,7 +207,6 @@ def _available(device: torch.device) -> bool:
     return gpu.arch in nvrtc.architectures()
 
 
-@functools.cache
 def _shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
@@ -206,8 +215,3 @@ def _in_a_row(way: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> boo
     """Whether a tensor map of a way reads the channels of all heads as one axis."""
     in_a_row = shape[1] == 1 or strides[1] == shape[4] * strides[4]
     return in_a_row and descriptor_strides(way, shape, strides, 2) is not None
-
-
-def numbers(form: str, *values: object) -> bytes:
-    """Arguments after the maps, packed as a struct of that form."""
-    return struct.pack(f"<{form}", *values)

@@ -36,7 +36,6 @@ def find(major: str) -> ctypes.CDLL | None:
     return None
 
 
-@functools.cache
 def architectures() -> frozenset[int]:
     """The GPUs that NVRTC compiles for, 90 for sm_90."""
     nvrtc, count = library(), ctypes.c_int()

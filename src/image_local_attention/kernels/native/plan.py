@@ -6,7 +6,6 @@ A window is served as long as its halo leaves room for several blocks on a multi
 over from the L2 cache, and Triton's kernels, which hold less of them at once, are as fast.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,8 +105,8 @@ class Row(NamedTuple):
 _TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # kept in shared memory, each as large as the query's
 
 # Rows are read from the top, the first that is deep and wide enough and suits the heads is taken. A figure is
-# milliseconds of that kernel on an H200, then those of Triton's for the same; delta is part of grad_query, and of
-# Triton's figure.
+# milliseconds of that kernel on an H200 when plans were tried, then those of Triton's for the same; delta is part of
+# grad_query, and of Triton's figure. docs/performance.md has what passes take.
 _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
     ("forward", False): (
         Row(16, 7, Plan((4, 8), 4, 5, 9)),  # 512-4x16-k5 0.052 : 0.095, k7 0.075 : 0.111
@@ -180,7 +179,6 @@ def rows() -> list[tuple[str, bool, Row]]:
     return [(task, planes, row) for (task, planes), table in _TABLE.items() for row in table]
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     task: str, planes: bool, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
 ) -> Plan | None:

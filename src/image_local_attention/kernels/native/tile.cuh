@@ -34,12 +34,12 @@ constexpr int HALO_W = TILE_W - SUB_W + SEEN_W;
 // One row more where that makes fragments of channels lie in different banks.
 constexpr int HALO_H = TILE_H + KERNEL_H - 1 + (PLANES && (TILE_H + KERNEL_H - 1) % 2 == 0);
 constexpr int CHANNELS = GROUP * DEPTH, STEPS = DEPTH / 16;  // steps of the matrix units along channels
-constexpr int TILE_BYTES = TILE_H * TILE_W * CHANNELS * 2;
-constexpr int HALO_BYTES = HALO_H * HALO_W * CHANNELS * 2;
+constexpr int TILE_PIXELS = TILE_H * TILE_W, HALO_PIXELS = HALO_H * HALO_W;
+constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, HALO_BYTES = HALO_PIXELS * CHANNELS * 2;
 constexpr int HALO_ROOM = ceil_div(HALO_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
 constexpr int TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
 static_assert(SUBTILES * GROUP % WARPS == 0 && WARPS % SUBTILES == 0, "a warp keeps to one subtile");
-static_assert(PLANES ? GROUP == 1 && TILE_H * TILE_W % 32 == 0 : CHANNELS == 16 || CHANNELS == 32 || CHANNELS == 64,
+static_assert(PLANES ? GROUP == 1 && TILE_PIXELS % 32 == 0 : CHANNELS == 16 || CHANNELS == 32 || CHANNELS == 64,
               "what is swizzled together is a whole pattern, or a whole part of one");
 
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -91,27 +91,20 @@ INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;"
 // A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
 INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }
 
-// Addresses of a lane's row of a fragment: 16 bytes of 8 channels of one pixel, or, in planes, of 8 columns of one
-// channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31 the channels 8 later.
-INLINE u32 tile_address(u32 tile, int lane, int pixel) {
-  if (!PLANES) return tile + swizzled(pixel * CHANNELS * 2, TILE_PATTERN) ^ (lane >> 4) << 4;
+// Address of a lane's row of a fragment, in a tile or halo of so many PIXELS: 16 bytes of 8 channels of one pixel, or,
+// in planes, of 8 columns of one channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31
+// the channels 8 later.
+template <int PIXELS, int PATTERN>
+INLINE u32 address_of(u32 start, int lane, int pixel) {
+  if (!PLANES) return start + swizzled(pixel * CHANNELS * 2, PATTERN) ^ (lane >> 4) << 4;
   const int channel = (lane & 7) + (lane >> 4) * 8;
-  return tile + swizzled((channel * TILE_H * TILE_W + pixel) * 2, TILE_PATTERN);
-}
-
-INLINE u32 halo_address(u32 halo, int lane, int pixel) {
-  if (!PLANES) return halo + swizzled(pixel * CHANNELS * 2, HALO_PATTERN) ^ (lane >> 4) << 4;
-  const int channel = (lane & 7) + (lane >> 4) * 8;
-  return halo + swizzled((channel * HALO_H * HALO_W + pixel) * 2, HALO_PATTERN);
+  return start + swizzled((channel * PIXELS + pixel) * 2, PATTERN);
 }
 
 // The same of the channels that are `step` times 16 later.
-INLINE u32 tile_step(u32 address, int step) {
-  return PLANES ? address + step * 16 * TILE_H * TILE_W * 2 : address ^ step * 32;
-}
-
-INLINE u32 halo_step(u32 address, int step) {
-  return PLANES ? address + step * 16 * HALO_H * HALO_W * 2 : address ^ step * 32;
+template <int PIXELS>
+INLINE u32 at_step(u32 address, int step) {
+  return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
 }
 
 // Four 8x8 matrices whose rows lie at the lanes' addresses; `ACROSS` are transposed.
@@ -205,7 +198,8 @@ struct Lane {
   // This lane's row of the fragments of a kept tile.
   INLINE u32 kept(u32 tile) const {
     const int row = PLANES ? lane & 8 : lane & 15;
-    return tile_address(tile, lane, (sub_y + row / SUB_W) * TILE_W + sub_x + row % SUB_W);
+    const int pixel = (sub_y + row / SUB_W) * TILE_W + sub_x + row % SUB_W;
+    return address_of<TILE_PIXELS, TILE_PATTERN>(tile, lane, pixel);
   }
 
   // The pixel of the halo that this subtile sees as number `seen`; numbers past the last are of one before `last`.
@@ -217,7 +211,7 @@ struct Lane {
   // This lane's row of the fragments of 16 pixels of a halo.
   INLINE u32 streamed(u32 halo, int pair) const {
     const int pixel = PLANES ? halo_pixel(16 * pair + (lane & 8), SEEN - 8) : halo_pixel(16 * pair + (lane & 15));
-    return halo_address(halo, lane, pixel);
+    return address_of<HALO_PIXELS, HALO_PATTERN>(halo, lane, pixel);
   }
 };
 
@@ -274,8 +268,13 @@ struct Visibility {
            (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
   }
 
-  // c = 0 where the pair of pixels meet, else HIDDEN or twice that
-  INLINE void start(float (&c)[4], const u32 (&hidden)[WORDS]) const {
+  // s = 0 where pixels meet, else HIDDEN or twice that
+  INLINE void start(float (&s)[2][4], const Hidden& hidden) const {
+    start_block(s[0], hidden.block[0]);
+    start_block(s[1], hidden.block[1]);
+  }
+
+  INLINE void start_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
     if constexpr (WORDS == 1)
       asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
           : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
@@ -294,7 +293,7 @@ INLINE void scores(float (&s)[2][4], const u32 (&kept)[STEPS][4], u32 streamed, 
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments<PLANES>(r, halo_step(streamed, first_step + step));
+    load_fragments<PLANES>(r, at_step<HALO_PIXELS>(streamed, first_step + step));
     multiply(s[0], kept[step], r[0], r[2]);
     multiply(s[1], kept[step], r[1], r[3]);
   }
@@ -305,7 +304,7 @@ INLINE void add_weighted(float (&sum)[2 * STEPS][4], const u32 (&weights)[4], u3
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments<!PLANES>(r, halo_step(streamed, first_step + step));
+    load_fragments<!PLANES>(r, at_step<HALO_PIXELS>(streamed, first_step + step));
     multiply(sum[2 * step], weights, r[0], r[1]);
     multiply(sum[2 * step + 1], weights, r[2], r[3]);
   }
@@ -324,7 +323,8 @@ INLINE void pack_weights(u32 (&packed)[4], const float (&p)[2][4]) {
 
 INLINE void load_kept(u32 (&r)[STEPS][4], u32 kept, int first_step) {
 #pragma unroll
-  for (int step = 0; step < STEPS; step++) load_fragments<PLANES>(r[step], tile_step(kept, first_step + step));
+  for (int step = 0; step < STEPS; step++)
+    load_fragments<PLANES>(r[step], at_step<TILE_PIXELS>(kept, first_step + step));
 }
 
 // Logits are products by a positive scale, for what is hidden to stay far below: their signs are those of `kept`. flip:
@@ -340,8 +340,8 @@ INLINE void store_kept(u32 kept, int first_step, const float (&sum)[2 * STEPS][4
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
-    store_fragments(tile_step(kept, first_step + step), pack(a[0] * low, a[1] * low), pack(a[2] * high, a[3] * high),
-                    pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
+    store_fragments(at_step<TILE_PIXELS>(kept, first_step + step), pack(a[0] * low, a[1] * low),
+                    pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
   }
 }
 
@@ -353,6 +353,12 @@ struct Place {
     const int groups = heads / GROUP, tile_x = blockIdx.x / groups;
     first_head = (blockIdx.x - tile_x * groups) * GROUP;
     channel = first_head * DEPTH, x = tile_x * TILE_W, y = blockIdx.y * TILE_H, image = blockIdx.z;
+  }
+
+  // Where the pixel (y, x) of a head of the group lies in floats [B, heads, H, W].
+  template <typename Arguments>
+  INLINE long long pixel(const Arguments& a, int head, int y, int x) const {
+    return (((long long)image * a.heads + first_head + head) * a.height + y) * a.width + x;
   }
 };
 

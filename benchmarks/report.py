@@ -1,7 +1,7 @@
 """Writes the tables and figures of docs/performance.md from the committed rows: python -m benchmarks.report"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/performance.md")
 FIGURES = Path("docs/figures")
 PASSES = "forward", "backward"
+LARGE = 512 * 512  # pixels of all images
 BOTH_LAYOUTS = "design", "models"  # the groups whose cases come in each
 # Figures of the page, by the file of their rows, and the groups of cases that they show.
 DRAWN = {"h200": (["floor"], BOTH_LAYOUTS), "cpu": (["window"], ("cpu",))}
@@ -31,7 +32,8 @@ LIMITED = {
 def tables(rows: Sequence[Row]) -> str:
     """Both layouts beside each other, a line for each case, group by group; the rows are all of one GPU."""
     ours = [row for row in rows if row.impl == "ours" and row.l2 == "cold"]
-    return "\n".join(filter(None, (layouts_table(_of_cases(ours, GROUPS[group]), group) for group in BOTH_LAYOUTS)))
+    parts = [layouts_table(_of_cases(ours, GROUPS[group]), group) for group in BOTH_LAYOUTS]
+    return "\n".join(filter(None, (*parts, floors(ours))))
 
 
 def layouts_table(rows: Sequence[Row], group: str) -> str:
@@ -63,12 +65,28 @@ def layouts_table(rows: Sequence[Row], group: str) -> str:
     return "\n".join(lines) + _measured_on(rows)
 
 
+def floors(rows: Sequence[Row]) -> str:
+    """Shares of the floor, by geometric mean of large cases in half precision and TF32, channels_last."""
+    large = [case for group in BOTH_LAYOUTS for case in GROUPS[group] if case.batch * case.height * case.width >= LARGE]
+    judged = [
+        case for case in large if case.layout == "channels_last" and (case.dtype, case.precision) != ("fp32", "ieee")
+    ]
+    lines = []
+    for mode in (*PASSES, "forward+backward"):
+        shares = {row.case: row.floor_share for row in _of_cases(rows, judged) if row.mode == mode and row.floor_share}
+        if shares:
+            least = min(shares, key=shares.get)
+            lines.append(f"| {mode} | {_mean(shares.values()):.0%} | {shares[least]:.0%} | {least} |")
+    head = "| 512x512 pixels and more, half precision and TF32 | share of floor | least | of |\n|---|--:|--:|---|"
+    return "\n".join((head, *lines)) + "\n" if lines else ""
+
+
 def _of_cases(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
     names = {case.name for case in cases}
     return [row for row in rows if row.case in names]
 
 
-def _mean(factors: Sequence[float]) -> float:
+def _mean(factors: Collection[float]) -> float:
     return math.exp(sum(map(math.log, factors)) / len(factors))
 
 

@@ -121,6 +121,20 @@ def test_figures_with_a_limit_have_a_table_each_that_counts_what_meets_the_goal(
     assert "| a case | forward | 0.5 | 2 | 0.25 |" in both
 
 
+def test_shares_of_the_floor_are_of_large_cases_in_half_precision_and_tf32():
+    def shares(of: float, **like) -> list[Row]:
+        cases = [case for case in GROUPS["design"] if all(getattr(case, name) == value for name, value in like.items())]
+        return [row(case, mode="forward", floor_share=of) for case in cases]
+
+    wide = shares(0.25, height=2048, layout="channels_last")
+    tf32 = shares(0.64, precision="tf32", kernel=5, layout="channels_last")
+    left_out = shares(0.01, height=64) + shares(0.02, dtype="fp32", precision="ieee") + shares(0.03, layout="nchw")
+    assert (len(wide), len(tf32)) == (1, 1)
+    lines = report.floors([*wide, *tf32, *left_out]).splitlines()
+    assert lines[2:] == [f"| forward | 40% | 25% | {wide[0].case} |"]
+    assert report.floors(left_out) == ""
+
+
 def test_every_figure_with_a_limit_has_a_place():
     shown = [figure.name for figures in report.LIMITED.values() for figure in figures]
     assert len(set(shown)) == len(shown)

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels for small windows over heads of half precision.
+"""CUDA C++ kernels for windows that slide over the map pixel by pixel.
 
 They compute what the kernels of `attention` do in Triton, which serve all that these do not, and are compiled at run
 time by the NVRTC that torch brings along. Each entry point says whether it served the call.
@@ -7,11 +7,11 @@ time by the NVRTC that torch brings along. Each entry point says whether it serv
 from torch import Tensor
 
 from ..launch import LOG2E, Problem
-from .launch import native, portable
+from .launch import native, portable, using
 
-__all__ = ["forward", "grad_key_value", "grad_query", "portable"]
+__all__ = ["forward", "grad_key_value", "grad_query", "portable", "using"]
 
-_SIGNS = 0x8000_8000  # of two halves
+_SIGNS = {2: 0x8000_8000, 4: 0x8000_0000}  # bits of a word, by bytes of a number
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> bool:
@@ -21,7 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     if launch is None:
         return False
     heads, h, w = query.shape[1:4]
-    launch(maps, lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(problem))
+    launch(maps, lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(query, problem))
     return True
 
 
@@ -74,12 +74,12 @@ def grad_key_value(
 def _sizes_and_scales(query: Tensor, problem: Problem) -> tuple[float, ...]:
     heads, h, w = query.shape[1:4]
     scale = problem.rules.scale
-    return h, w, heads, abs(scale) * LOG2E, scale, _flip(problem)
+    return h, w, heads, abs(scale) * LOG2E, scale, _flip(query, problem)
 
 
-def _flip(problem: Problem) -> int:
-    """The sign bits of two halves where logits have the sign that their products have not."""
-    return _SIGNS if problem.rules.scale < 0 else 0
+def _flip(query: Tensor, problem: Problem) -> int:
+    """The sign bits of a word of a map where logits have the sign that their products have not."""
+    return _SIGNS[query.element_size()] if problem.rules.scale < 0 else 0
 
 
 def _contiguous(*floats: Tensor | None) -> bool:

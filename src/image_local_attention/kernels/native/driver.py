@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import struct
 import threading
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from ..integers import cdiv
 
 _SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_UINT16 = 1  # CU_TENSOR_MAP_DATA_TYPE_UINT16: copies do not look at what they move
+_UNSIGNED = {2: 1, 4: 2}  # CU_TENSOR_MAP_DATA_TYPE_UINT..., by bytes: copies do not look at what they move
 _SWIZZLE = {16: 0, 32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes of the pattern
 _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
-_STEP = 8  # halves in 16 bytes, of which strides are multiples
+_STRIDED = struct.Struct("<Qqqqq24x")  # as long as its alignment
+_STRIDE = 16  # bytes, of which strides are multiples
 
 
 class Kernel:
@@ -38,18 +40,25 @@ class Kernel:
         _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
 
 
-def tensor_map(x: Tensor, planes: bool, box: tuple[int, int, int], pattern: int) -> bytes:
+def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
     """Of heads [B, heads, H, W, D] whose channels, or rows in `planes`, lie one after the other.
 
     box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. pattern: bytes that it
     is swizzled in, 16 is none.
     """
-    return _tensor_map(x.data_ptr(), x.shape, x.stride(), planes, box, pattern)
+    return _tensor_map(x.data_ptr(), x.element_size(), x.shape, x.stride(), planes, box, pattern)
+
+
+def strided_map(x: Tensor) -> bytes:
+    """Of heads [B, heads, H, W, D] whose channels lie one after the other: address, steps of image to column."""
+    image, _, row, column, channel = x.stride()
+    return _STRIDED.pack(x.data_ptr(), image, channel, row, column)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tensor_map(
     address: int,
+    element: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     planes: bool,
@@ -60,12 +69,12 @@ def _tensor_map(
     sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
     axes = (2, 4, 0) if planes else (3, 2, 0)
     # the stride of an axis of size 1 is never used, but has to be one
-    steps = [strides[axis] * 2 if size > 1 else _STEP * 2 for axis, size in zip(axes, sizes[1:], strict=True)]
+    steps = [strides[axis] * element if size > 1 else _STRIDE for axis, size in zip(axes, sizes[1:], strict=True)]
     room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     start = -ctypes.addressof(room) % _MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(room) + start),
-        _UINT16,
+        _UNSIGNED[element],
         4,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 4)(*sizes),

@@ -1,7 +1,9 @@
 // O = softmax(scale * <q, k_ij>) v_ij over each query's window, and its log-sum-exp.
 
 struct Arguments {
-  TensorMap query, key, value, out;
+  KeptMap query;
+  TensorMap key, value;
+  KeptMap out;
   float* lse;  // [B, heads, H, W], natural
   int height, width, heads;
   float scale_log2;  // positive
@@ -14,7 +16,7 @@ constexpr float LEAST = -1e30f;
 constexpr float SLACK = 8.0f;  // powers of two that a weight may exceed 1 by before sums are scaled down
 
 struct Softmax {
-  float o[2 * STEPS][4], low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
+  float o[SUMS][4], low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
 
   INLINE Softmax() { zero(o); }
 
@@ -35,7 +37,7 @@ struct Softmax {
         const float less_low = exp2_of(low - most_low), less_high = exp2_of(high - most_high);
         sum_low *= less_low, sum_high *= less_high;
 #pragma unroll
-        for (int i = 0; i < 2 * STEPS; i++)
+        for (int i = 0; i < SUMS; i++)
           o[i][0] *= less_low, o[i][1] *= less_low, o[i][2] *= less_high, o[i][3] *= less_high;
       }
       low = most_low, high = most_high;
@@ -51,69 +53,67 @@ struct Softmax {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  const u32 key = shared_start(raw), value = key + HALO_ROOM, query = value + HALO_ROOM;
-  const u32 barrier = query + TILE_ROOM, value_barrier = barrier + 8;
-  const Place at(a.heads);
+  const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + Kept::ROOM;
+  const Place at(a.heads, a.height, a.width);
   const Lane l;
+  const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
+  const Kept query(tile, a.query, at, l), out(tile, a.out, at, l);
   if (l.thread == 0) {
-    barrier_init(barrier), barrier_init(value_barrier), barriers_ready();
-    barrier_expect(barrier, TILE_BYTES + HALO_BYTES);
-    copy_in(query, a.query, barrier, at.channel, at.x, at.y, at.image);
-    copy_in(key, a.key, barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
-    barrier_expect(value_barrier, HALO_BYTES);
-    copy_in(value, a.value, value_barrier, at.channel, at.x - LEAD_X - PAD, at.y - LEAD_Y, at.image);
+    halos.init();
+    query.copy_in(halos.barrier(0, Halos::FIRST));
+    halos.fill_all();
   }
   const Visibility visibility(l);
-  const u32 kept = l.kept(query);
   __syncthreads();
-  barrier_wait(barrier);
+  if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    const int step = head * STEPS;
-    u32 q[STEPS][4];
-    load_kept(q, kept, step);
-    flip_signs(q, a.flip);
+    Fragments q;
+    query.load(q, head, a.flip);
     Softmax softmax;
 #pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
-      float s[2 * CHUNK][4];
-      u32 seen[CHUNK];
+    for (int band = 0; band < BANDS; band++) {
+      halos.refill(band, l);
+      halos.wait(band, Halos::FIRST);
+      const int seen_band = l.seen_band(band);
+      if (seen_band >= 0 && seen_band < SEEN_BANDS) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+          constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
+          float s[2 * CHUNK][4];
+          Seen seen[CHUNK];
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        const int pair = chunk * CHUNK + i;
-        const Hidden hidden = hidden_table.of[min(pair, PAIRS)][l.lane];
-        float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-        visibility.start(block, hidden);
-        seen[i] = l.streamed(key, pair);
-        scores(block, q, seen[i], step);
-      }
-      softmax.raise(s, blocks, a.scale_log2, chunk == 0);
-      if (chunk == 0) barrier_wait(value_barrier);
+          for (int i = 0; i < CHUNK; i++) {
+            const int pair = chunk * CHUNK + i;
+            float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
+            const Hidden hidden = hidden_of(seen_band, pair, l);
+            seen[i] = seen_of(halos.band(band), pair, l);
+            zero(block);
+            add_scores(block, q, seen[i], 0, head);
+            visibility.hide(block, hidden);
+          }
+          softmax.raise(s, blocks, a.scale_log2, seen_band == 0 && chunk == 0);
+          if (chunk == 0) halos.wait(band, Halos::SECOND);
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-        softmax.weights(block[0], a.scale_log2);
-        softmax.weights(block[1], a.scale_log2);
-        u32 p[4];
-        pack_weights(p, block);
-        add_weighted(softmax.o, p, seen[i] + (value - key), step);
+          for (int i = 0; i < CHUNK; i++) {
+            float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
+            softmax.weights(block[0], a.scale_log2);
+            softmax.weights(block[1], a.scale_log2);
+            Weights p;
+            pack_weights(p, block);
+            add_weighted(softmax.o, p, seen[i], BAND_ROOM, head);
+          }
+        }
       }
+      halos.release(band, l);
     }
     const float low = sum_of_row(softmax.sum_low), high = sum_of_row(softmax.sum_high);
-    store_kept(kept, step, softmax.o, 1.0f / low, 1.0f / high);
-    const int y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
-    if (l.member == 0 && x < a.width) {
-      float* lse = a.lse + at.pixel(a, head, y, x);
-      if (y < a.height) lse[0] = (softmax.low + __log2f(low)) * LN2;
-      if (y + NEXT_ROWS < a.height) lse[NEXT_ROWS * a.width] = (softmax.high + __log2f(high)) * LN2;
-    }
+    out.store(head, softmax.o, 1.0f / low, 1.0f / high);
+    const Rows rows(at, l);
+    float* lse = a.lse + at.pixel(head, rows.y, rows.x);
+    if (l.member == 0 && rows.low_there) lse[0] = (softmax.low + __log2f(low)) * LN2;
+    if (l.member == 0 && rows.high_there) lse[NEXT_ROWS * a.width] = (softmax.high + __log2f(high)) * LN2;
   }
-  writes_visible_to_copies();
-  __syncthreads();
-  if (l.thread == 0) {
-    copy_out(query, a.out, at.channel, at.x, at.y, at.image);
-    copies_have_read();
-  }
+  copy_out_all(l, out);
 }

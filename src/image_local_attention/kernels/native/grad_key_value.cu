@@ -1,109 +1,112 @@
 // dK = scale * sum dS q and dV = sum P g over the queries that see each key, dS = P * (dP - delta): a gather.
 
 struct Arguments {
-  TensorMap query, key, value, grad_out, grad_key, grad_value;
+  TensorMap query;
+  KeptMap key, value;
+  TensorMap grad_out;
+  KeptMap grad_key, grad_value;
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
   float scale_log2, scale;  // the first is positive
   u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
+constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
 constexpr bool ADJACENT = SEEN_W % 2 == 0 && HALO_W % 2 == 0;  // two queries of a lane lie side by side, evenly
 
-struct alignas(8) Row {
+struct alignas(8) Query {
   float lse, delta;  // lse in powers of two
 };
 
-struct alignas(16) Rows {
-  Row first, second;
+struct alignas(16) Queries {
+  Query first, second;
 };
 
 // Log-sum-exp and delta of the halo's queries, of every head: one that is not in the map has no weight.
-INLINE void load_rows(Row* rows, const Arguments& a, const Place& at, int thread, int x0, int y0) {
+INLINE void load_queries(Query* queries, const Arguments& a, const Place& at, int thread, const Halos& halos) {
   for (int i = thread; i < HALO_PIXELS * GROUP; i += WARPS * 32) {
     const int head = i / HALO_PIXELS, pixel = i - head * HALO_PIXELS;
-    const int y = y0 + pixel / HALO_W, x = x0 + pixel % HALO_W;
-    Row row = {__int_as_float(0x7F800000), 0.0f};
+    const int y = halos.y + pixel / HALO_W, x = halos.x + pixel % HALO_W;
+    Query query = {__int_as_float(0x7F800000), 0.0f};
     if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
-      const long long from = at.pixel(a, head, y, x);
-      row = {a.lse[from] * LOG2E, a.delta[from]};
+      const long long from = at.pixel(head, y, x);
+      query = {a.lse[from] * LOG2E, a.delta[from]};
     }
-    rows[i] = row;
+    queries[i] = query;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_value(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  const u32 start = shared_start(raw);
-  const u32 query = start, grad = query + HALO_ROOM, key = grad + HALO_ROOM, value = key + TILE_ROOM;
-  const u32 barrier = value + TILE_ROOM;
-  Row* rows = reinterpret_cast<Row*>(raw + (barrier + 16 - start));
-  const Place at(a.heads);
+  const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + 2 * Kept::ROOM;
+  Query* queries = reinterpret_cast<Query*>(raw + (barriers + Halos::BARRIERS - start));
+  const Place at(a.heads, a.height, a.width);
   const Lane l;
-  const int halo_x = at.x - (KERNEL_W - 1 - LEAD_X) - PAD, halo_y = at.y - (KERNEL_H - 1 - LEAD_Y);
+  const Halos halos(start, barriers, a.query, a.grad_out, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
+  const Kept key(tile, a.key, at, l), value(tile + Kept::ROOM, a.value, at, l);
+  const Kept grad_key(tile, a.grad_key, at, l), grad_value(tile + Kept::ROOM, a.grad_value, at, l);
   if (l.thread == 0) {
-    barrier_init(barrier), barriers_ready();
-    barrier_expect(barrier, 2 * (TILE_BYTES + HALO_BYTES));
-    copy_in(key, a.key, barrier, at.channel, at.x, at.y, at.image);
-    copy_in(value, a.value, barrier, at.channel, at.x, at.y, at.image);
-    copy_in(query, a.query, barrier, at.channel, halo_x, halo_y, at.image);
-    copy_in(grad, a.grad_out, barrier, at.channel, halo_x, halo_y, at.image);
+    const u32 barrier = halos.barrier(0, Halos::FIRST);
+    halos.init();
+    key.copy_in(barrier), value.copy_in(barrier);
+    halos.fill_all();
   }
-  load_rows(rows, a, at, l.thread, halo_x, halo_y);
+  load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
-  const u32 kept = l.kept(key);
   __syncthreads();
-  barrier_wait(barrier);
+  if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    const int step = head * STEPS;
-    const Row* row = rows + head * HALO_PIXELS;
-    u32 k[STEPS][4], v[STEPS][4];
-    load_kept(k, kept, step);
-    flip_signs(k, a.flip);
-    load_kept(v, kept + (value - key), step);
-    float sum_k[2 * STEPS][4], sum_v[2 * STEPS][4];
+    Fragments k, v;
+    key.load(k, head, a.flip);
+    value.load(v, head);
+    float sum_k[SUMS][4], sum_v[SUMS][4];
     zero(sum_k);
     zero(sum_v);
+#pragma unroll 1
+    for (int band = 0; band < BANDS; band++) {
+      halos.refill(band, l);
+      halos.wait(band, Halos::FIRST), halos.wait(band, Halos::SECOND);
+      const int seen_band = l.seen_band(band);
+      if (seen_band >= 0 && seen_band < SEEN_BANDS) {
+        const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS;
 #pragma unroll UNROLL
-    for (int pair = 0; pair < PAIRS; pair++) {
-      const Hidden hidden = hidden_table.of[pair][l.lane];
-      const u32 seen = l.streamed(query, pair);
-      float p[2][4], dp[2][4];
-      visibility.start(p, hidden);
-      scores(p, k, seen, step);
-      zero(dp);
-      scores(dp, v, seen + (grad - query), step);
+        for (int pair = 0; pair < PAIRS; pair++) {
+          const Hidden hidden = hidden_of(seen_band, pair, l);
+          const Seen seen = seen_of(halos.band(band), pair, l);
+          float p[2][4], dp[2][4];
+          zero(p);
+          add_scores(p, k, seen, 0, head);
+          visibility.hide(p, hidden);
+          zero(dp);
+          add_scores(dp, v, seen, BAND_ROOM, head);
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int first = 16 * pair + 8 * i + 2 * l.member;
-        Rows of;
-        if (ADJACENT)
-          of = *reinterpret_cast<const Rows*>(row + l.halo_pixel(first, SEEN - 2));
-        else
-          of = {row[l.halo_pixel(first)], row[l.halo_pixel(first + 1)]};
-        p[i][0] = exp2_of(fmaf(p[i][0], a.scale_log2, -of.first.lse));
-        p[i][1] = exp2_of(fmaf(p[i][1], a.scale_log2, -of.second.lse));
-        p[i][2] = exp2_of(fmaf(p[i][2], a.scale_log2, -of.first.lse));
-        p[i][3] = exp2_of(fmaf(p[i][3], a.scale_log2, -of.second.lse));
-        dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
-        dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
+          for (int i = 0; i < 2; i++) {
+            const int first = 16 * pair + 8 * i + 2 * l.member;
+            Queries of;
+            if (ADJACENT)
+              of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
+            else
+              of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
+            p[i][0] = exp2_of(fmaf(p[i][0], a.scale_log2, -of.first.lse));
+            p[i][1] = exp2_of(fmaf(p[i][1], a.scale_log2, -of.second.lse));
+            p[i][2] = exp2_of(fmaf(p[i][2], a.scale_log2, -of.first.lse));
+            p[i][3] = exp2_of(fmaf(p[i][3], a.scale_log2, -of.second.lse));
+            dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
+            dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
+          }
+          Weights packed;
+          pack_weights(packed, p);
+          add_weighted(sum_v, packed, seen, BAND_ROOM, head);
+          pack_weights(packed, dp);
+          add_weighted(sum_k, packed, seen, 0, head);
+        }
       }
-      u32 packed[4];
-      pack_weights(packed, p);
-      add_weighted(sum_v, packed, seen + (grad - query), step);
-      pack_weights(packed, dp);
-      add_weighted(sum_k, packed, seen, step);
+      halos.release(band, l);
     }
-    store_kept(kept, step, sum_k, a.scale, a.scale);
-    store_kept(kept + (value - key), step, sum_v, 1.0f, 1.0f);
+    grad_key.store(head, sum_k, a.scale, a.scale);
+    grad_value.store(head, sum_v, 1.0f, 1.0f);
   }
-  writes_visible_to_copies();
-  __syncthreads();
-  if (l.thread == 0) {
-    copy_out(key, a.grad_key, at.channel, at.x, at.y, at.image);
-    copy_out(value, a.grad_value, at.channel, at.x, at.y, at.image);
-    copies_have_read();
-  }
+  copy_out_all(l, grad_key, grad_value);
 }

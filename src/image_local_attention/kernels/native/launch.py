@@ -17,18 +17,18 @@ from ..integers import cdiv
 from ..launch import MOST_PROGRAMS, Problem
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
-from .driver import Kernel, tensor_map
-from .plan import Plan, Shape, choose, patterns, shape, shared
+from .driver import Kernel, strided_map, tensor_map
+from .plan import Form, Plan, Shape, box, choose, patterns, shape, shared
 
 _ARCH = 90  # the first with tensor copies
-_HALVES = torch.float16, torch.bfloat16
+_DTYPES = torch.float16, torch.bfloat16, torch.float32
 _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is seen
 
 
 class Arguments(NamedTuple):
     """Of a kernel, as its struct of that name has them: maps, then numbers.
 
-    kept: of each map, whether tiles are kept, else halos are streamed. numbers: their form for `struct.pack`.
+    kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`.
     """
 
     kept: tuple[bool, ...]
@@ -42,6 +42,7 @@ ARGUMENTS = {
 }
 
 _serving = True
+_forced: dict[str, Plan] = {}
 
 
 @contextmanager
@@ -55,12 +56,22 @@ def portable() -> Iterator[None]:
         _serving = before
 
 
+@contextmanager
+def using(task: str, plan: Plan) -> Iterator[None]:
+    """Within, a task that can be served takes this plan, whatever the table says: to test and to time plans."""
+    _forced[task] = plan
+    try:
+        yield
+    finally:
+        del _forced[task]
+
+
 class Compiled(NamedTuple):
     """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes."""
 
     task: str
     plan: Plan
-    planes: bool
+    form: Form
     dtype: torch.dtype
     depth: int
     group: int
@@ -69,43 +80,56 @@ class Compiled(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        return shape(self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.planes)
+        return shape(self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.form)
 
     @property
     def patterns(self) -> tuple[int, int]:
-        return patterns(self.plan, self.shape, self.group * self.depth, self.planes)
+        return patterns(self.plan, self.shape, self.group * self.depth, self.form)
 
     @property
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
-        held, (tile_pattern, halo_pattern) = self.shape, self.patterns
+        held, plan, (tile_pattern, halo_pattern) = self.shape, self.plan, self.patterns
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
-            "PLANES": int(self.planes),
+            "PLANES": int(self.form.planes),
+            "ELEMENT": self.form.element,
+            "PASSES": 3 if self.form.product == "three-pass" else 1,
+            "KEPT_MAPS": 1 if self.task == "forward" else 2,
             "DEPTH": self.depth,
             "GROUP": self.group,
             "KERNEL_H": self.kernel[0],
             "KERNEL_W": self.kernel[1],
             "LEAD_Y": self.lead[0],
             "LEAD_X": self.lead[1],
-            "TILE_H": self.plan.tile[0],
-            "TILE_W": self.plan.tile[1],
+            "TILE_H": plan.tile[0],
+            "TILE_W": plan.tile[1],
+            "SUB_H": held.sub[0],
+            "SUB_W": held.sub[1],
+            "SEEN_H": held.seen[0],
+            "SEEN_W": held.seen[1],
+            "BAND_H": held.band[0],
+            "HALO_W": held.band[1],
+            "BANDS": held.bands,
+            "SLOTS": plan.slots,
             "PAD": held.pad,
+            "SKIP": held.skip,
             "TILE_PATTERN": tile_pattern,
             "HALO_PATTERN": halo_pattern,
-            "WARPS": self.plan.warps,
-            "RESIDENT": self.plan.resident,
-            "CHUNK" if self.task == "forward" else "UNROLL": min(self.plan.step, held.pairs),
+            "WARPS": plan.warps,
+            "RESIDENT": plan.resident,
+            "CHUNK" if self.task == "forward" else "UNROLL": min(plan.step, held.pairs),
         }
         return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
 
     @property
     def source(self) -> str:
-        return _text("tile.cuh") + _text(f"{self.task}.cu")
+        numbers = "half" if self.form.product == "half" else "single"
+        return "".join(map(_text, ("geometry.cuh", "copies.cuh", "visibility.cuh", f"{numbers}.cuh", f"{self.task}.cu")))
 
     @property
     def shared(self) -> int:
-        return shared(self.task, self.plan, self.group, self.depth, self.shape)
+        return shared(self.task, self.plan, self.group, self.depth, self.shape, self.form)
 
 
 def _lead(task: str, kernel: int, lead: int) -> int:
@@ -124,22 +148,25 @@ class Native:
     def __init__(self, compiled: Compiled, device: torch.device) -> None:
         self._kernel, self._device = _loaded(compiled, device), device.index
         self._group, self._tile = compiled.group, compiled.plan.tile
-        channels, planes = compiled.group * compiled.depth, compiled.planes
-        pixels = self._tile, compiled.shape.halo
-        boxes = ((w, h, channels) if planes else (channels, w, h) for h, w in pixels)
-        tile, halo = ((planes, *each) for each in zip(boxes, compiled.patterns, strict=True))
+        channels, form = compiled.group * compiled.depth, compiled.form
+        pixels = self._tile, compiled.shape.band
+        tile, halo = (
+            functools.partial(tensor_map, form.planes, box(size, channels, form), pattern)
+            for size, pattern in zip(pixels, compiled.patterns, strict=True)
+        )
+        kept = tile if form.product == "half" else strided_map
         arguments = ARGUMENTS[compiled.task]
-        self._copies = tuple(tile if kept else halo for kept in arguments.kept)
+        self._described = tuple(kept if keeps else halo for keeps in arguments.kept)
         self._pack = struct.Struct(arguments.numbers).pack
 
     def __call__(self, maps: tuple[Tensor, ...], *numbers: float) -> None:
         """maps, numbers: the kernel's arguments in their order."""
-        copies = [tensor_map(x, *copy) for x, copy in zip(maps, self._copies, strict=True)]
+        described = [describe(x) for x, describe in zip(maps, self._described, strict=True)]
         batch, heads, h, w, _ = maps[0].shape
         th, tw = self._tile
         grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel(grid, b"".join((*copies, self._pack(*numbers))))
+            self._kernel(grid, b"".join((*described, self._pack(*numbers))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,18 +180,20 @@ def _loaded(compiled: Compiled, device: torch.device) -> Kernel:
 def native(task: str, problem: Problem, maps: tuple[Tensor, ...]) -> Native | None:
     """The launch of a task over maps [B, heads, H, W, D] of one dtype, the kernel's arguments; None: it is not served.
 
-    Served are windows that slide over maps of half precision, pixel by pixel, whose keys outside of the map count as
-    zeros, and no other terms of logits.
+    Served are windows that slide over maps pixel by pixel, whose keys outside of the map count as zeros, and no other
+    terms of logits.
     """
     rules, first = problem.rules, maps[0]
     if not _serving or rules.bias is not None or rules.key_mask is not None:
         return None
-    if first.dtype not in _HALVES or not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]:
+    if first.dtype not in _DTYPES or not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]:
         return None
     if problem.group != 1 or any(x.data_ptr() % ALIGNMENT for x in maps):
         return None
     geometry = tuple((x.shape, x.stride()) for x in maps)
-    return _native(task, rules.window, problem.spans, geometry, first.dtype, first.device)
+    return _native(
+        task, rules.window, problem.spans, geometry, first.dtype, rules.precision, first.device, _forced.get(task)
+    )
 
 
 # Every call of a model asks for the same few.
@@ -175,22 +204,25 @@ def _native(
     spans: tuple[Span, Span],
     geometry: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     dtype: torch.dtype,
+    precision: str,
     device: torch.device,
+    forced: Plan | None,
 ) -> Native | None:
-    """geometry: shape and strides of every map."""
+    """geometry: shape and strides of every map. precision: of fp32 products. forced: a plan instead of the table's."""
     if window.raster or not _slides(spans) or not _available(device):
         return None
     batch, heads, h, w, depth = geometry[0][0]
-    way = "rows" if _in_a_row("rows", *geometry[0]) else "planes"
-    if any(shape[4] != depth or not _in_a_row(way, shape, strides) for shape, strides in geometry):
+    element = dtype.itemsize
+    way = "rows" if _in_a_row("rows", *geometry[0], element) else "planes"
+    if any(shape[4] != depth or not _in_a_row(way, shape, strides, element) for shape, strides in geometry):
         return None
-    planes = way == "planes"
+    form = Form(gpus.of(device).product(dtype, precision), way == "planes")
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
-    of_maps = planes, heads, depth, batch * heads * h * w
-    plan = choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
+    of_maps = form, heads, depth, batch * heads * h * w
+    plan = forced or choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
-    return Native(Compiled(task, plan, planes, dtype, depth, plan.group(heads, depth, planes), kernel, lead), device)
+    return Native(Compiled(task, plan, form, dtype, depth, plan.group(heads, depth, form), kernel, lead), device)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:
@@ -211,7 +243,7 @@ def _shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _in_a_row(way: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether a tensor map of a way reads the channels of all heads as one axis."""
+def _in_a_row(way: str, shape: tuple[int, ...], strides: tuple[int, ...], element: int) -> bool:
+    """Whether a tensor map of a way reads the channels of all heads as one axis. element: bytes of a number."""
     in_a_row = shape[1] == 1 or strides[1] == shape[4] * strides[4]
-    return in_a_row and descriptor_strides(way, shape, strides, 2) is not None
+    return in_a_row and descriptor_strides(way, shape, strides, element) is not None

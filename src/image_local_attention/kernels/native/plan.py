@@ -12,8 +12,26 @@ from typing import NamedTuple
 from ..integers import cdiv
 
 _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
-_BARRIERS = 16  # bytes
-_VECTOR = 8  # halves in 16 bytes: columns of a block where these lie side by side
+_PART = 128  # bytes that are swizzled together at most
+_BARRIERS = 32  # bytes of a slot
+_VECTOR = 16  # bytes, of which copies are multiples
+
+
+class Form(NamedTuple):
+    """Of a kernel's maps. product: "half", "tf32" or "three-pass". planes: columns lie side by side, else channels."""
+
+    product: str
+    planes: bool
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number."""
+        return 2 if self.product == "half" else 4
+
+    @property
+    def vector(self) -> int:
+        """Columns that a copy of planes begins on a multiple of."""
+        return _VECTOR // self.element
 
 
 @dataclass(frozen=True)
@@ -23,76 +41,116 @@ class Plan:
     resident: blocks that are to share a multiprocessor, which bounds the registers of a thread. step: pairs of blocks
     of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
     pixel_bytes: of a pixel that a copy takes at most; several heads where these are less deep. Where columns lie side
-    by side, it is one head.
+    by side, it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
     """
 
     tile: tuple[int, int]
     warps: int
     resident: int
     step: int
-    pixel_bytes: int = 128
+    pixel_bytes: int = _PART
+    band: int = 0
+    slots: int = 1
 
-    def group(self, heads: int, depth: int, planes: bool) -> int:
+    def group(self, heads: int, depth: int, form: Form) -> int:
         """Heads of a block."""
-        if planes:
+        if form.planes:
             return 1
-        return next(group for group in (4, 2, 1) if heads % group == 0 and group * depth * 2 <= self.pixel_bytes)
+        fits = (group for group in (4, 2) if heads % group == 0 and group * depth * form.element <= self.pixel_bytes)
+        return next(fits, 1)
 
 
 class Shape(NamedTuple):
-    """What a block holds under a plan: the twin of what `tile.cuh` says.
+    """Of what a block holds under a plan, in pixels (rows, columns).
 
-    sub: pixels (rows, columns) of a warp's subtile. seen, halo: pixels that a subtile, and that a tile sees, with those
-    that are copied for the sake of addresses: `pad` columns before those that are seen, and more behind them.
+    sub: of a warp's subtile. seen: what a subtile sees. band: what is copied at once, one of `bands`, with columns that
+    are copied for the sake of addresses: `pad` before those that are seen, and more behind them. Subtiles see all
+    columns of a band from `skip` on.
     """
 
     sub: tuple[int, int]
     seen: tuple[int, int]
-    halo: tuple[int, int]
+    band: tuple[int, int]
+    bands: int
     pad: int
+    skip: int
 
     @property
     def pairs(self) -> int:
-        """Pairs of blocks of 8 pixels that a subtile sees."""
-        return cdiv(self.seen[0] * self.seen[1], 16)
+        """Pairs of blocks of 8 pixels that a subtile sees of a band."""
+        rows = self.seen[0] if self.bands == 1 else self.band[0]
+        return cdiv(rows * self.seen[1], 16)
 
 
-def shape(plan: Plan, kernel: tuple[int, int], lead: int, planes: bool) -> Shape:
+def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
-    sub = (2, 8) if planes else (4, 4)
-    pad = -lead % _VECTOR if planes else 0
-    seen_h, seen_w = kh + sub[0] - 1, pad + kw + sub[1] - 1
-    if planes:
-        seen_w = cdiv(seen_w, _VECTOR) * _VECTOR
-    halo_h = th + kh - 1
-    if planes and halo_h % 2 == 0:
-        halo_h += 1
-    return Shape(sub, (seen_h, seen_w), (halo_h, tw - sub[1] + seen_w), pad)
+    blocks = form.planes and form.product == "half"  # planes of halves are seen in blocks of 8 columns
+    sub = (2, 8) if blocks else (4, 4)
+    pad = -lead % form.vector if form.planes else 0
+    skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
+    seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
+    if form.planes:
+        seen_w = cdiv(seen_w, 8 if blocks else 2) * (8 if blocks else 2)
+    rows, cols = plan.band or th + kh - 1, skip + tw - sub[1] + seen_w
+    if form.planes:
+        rows, cols = _apart(rows, cols, not plan.band, form)
+    return Shape(sub, (seen_h, seen_w), (rows, cols), cdiv(th + kh - 1, rows), pad, skip)
 
 
-def patterns(plan: Plan, held: Shape, channels: int, planes: bool) -> tuple[int, int]:
-    """Bytes of the patterns that copies of tiles and of halos are swizzled in: of a copy's rows; 16 is none.
+def _apart(rows: int, cols: int, may_grow: bool, form: Form) -> tuple[int, int]:
+    """Of a band of planes: as many or a few more, so that the channels of a fragment lie in different banks.
 
-    In planes, the halo is swizzled where its rows would put every other channel in the same banks.
+    may_grow: in its rows too.
     """
-    if planes:
-        return 2 * plan.tile[1], 64 if held.halo[1] == 32 else 16
+    vector = form.vector
+    least = cdiv(cols, vector) * vector
+    if form.product == "half":
+        return rows + (may_grow and rows % 2 == 0), least
+    choices = [(h, least + vector * more) for h in range(rows, rows + (4 if may_grow else 1)) for more in range(4)]
+    apart = [(h, w) for h, w in choices if h * w % 16 == 8]
+    return min(apart, key=lambda size: size[0] * size[1], default=(rows, least))
+
+
+def patterns(plan: Plan, held: Shape, channels: int, form: Form) -> tuple[int, int]:
+    """Bytes of the patterns that copies of tiles and of bands are swizzled in: of a copy's rows; 16 is none.
+
+    In planes of halves, a band is swizzled where its rows would put every other channel in the same banks.
+    """
+    if form.product != "half":
+        return 16, 16 if form.planes else min(_PART, channels * form.element)
+    if form.planes:
+        return 2 * plan.tile[1], 64 if held.band[1] == 32 else 16
     return 2 * channels, 2 * channels
 
 
-def suits(plan: Plan, group: int, planes: bool) -> bool:
-    """Whether warps share a block's subtiles and heads evenly."""
+def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, int, int]:
+    """What a copy takes of a map's first three axes: of a channel's columns and rows, or of a pixel's row."""
+    rows, cols = pixels
+    return (cols, rows, channels) if form.planes else (min(channels, _PART // form.element), cols, rows)
+
+
+def suits(plan: Plan, group: int, form: Form) -> bool:
+    """Whether warps share a block's subtiles and heads evenly; one head each where bands pass."""
     subtiles = plan.tile[0] * plan.tile[1] // 16
+    if plan.band and plan.warps != subtiles * group:
+        return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 
 
-def shared(task: str, plan: Plan, group: int, depth: int, held: Shape) -> int:
+def shared(task: str, plan: Plan, group: int, depth: int, held: Shape, form: Form) -> int:
     """Bytes of shared memory that a block takes."""
-    counts = held.halo[0] * held.halo[1], plan.tile[0] * plan.tile[1]
-    halo, tile = (cdiv(count * group * depth * 2, _PATTERN) * _PATTERN for count in counts)
-    rows = counts[0] * group * 8 if task == "grad_key_value" else 0
-    return 2 * halo + _TILES[task] * tile + _BARRIERS + rows
+    rows, cols = held.band
+    pixel = group * depth * form.element
+    parts = 1 if form.planes else cdiv(pixel, _PART)
+    band = parts * _whole_patterns(rows * cols * pixel // parts)
+    tile = _whole_patterns(plan.tile[0] * plan.tile[1] * pixel) if form.product == "half" else 0
+    queries = held.bands * rows * cols * group * 8 if task == "grad_key_value" else 0
+    return plan.slots * (2 * band + _BARRIERS) + _TILES[task] * tile + queries
+
+
+def _whole_patterns(count: int) -> int:
+    return cdiv(count, _PATTERN) * _PATTERN
 
 
 class Row(NamedTuple):
@@ -106,9 +164,10 @@ _TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # kept in shared 
 
 # Rows are read from the top, the first that is deep and wide enough and suits the heads is taken. A figure is
 # milliseconds of that kernel on an H200 when plans were tried, then those of Triton's for the same; delta is part of
-# grad_query, and of Triton's figure. docs/performance.md has what passes take.
-_TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
-    ("forward", False): (
+# grad_query, and of Triton's figure. A case without a figure: by analogy with planes. docs/performance.md has what
+# passes take.
+_TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
+    ("forward", "half", False): (
         Row(16, 7, Plan((4, 8), 4, 5, 9)),  # 512-4x16-k5 0.052 : 0.095, k7 0.075 : 0.111
         Row(16, 9, Plan((4, 8), 4, 4, 9)),  # 512-4x16-k9 0.086 : 0.127
         Row(16, 9, Plan((8, 8), 4, 5, 9, 32)),  # 512-4x16-k7 0.082, k9 0.097
@@ -122,8 +181,9 @@ _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
         Row(64, 5, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.039 : 0.050, 2048-64-k5 0.547 : 0.740
         Row(64, 7, Plan((8, 16), 8, 2, 9), pixels=2**15),  # 4x64-2x64-k7 0.012 : 0.013
         Row(64, 9, Plan((8, 8), 4, 3, 9)),  # 8x128-8x64-k7 0.181 : 0.221, k9 0.192 : 0.249
+        Row(64, 13, Plan((4, 16), 4, 3, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.286 : 0.349
     ),
-    ("grad_query", False): (
+    ("grad_query", "half", False): (
         Row(16, 9, Plan((4, 8), 8, 2, 1)),  # 512-4x16-k5 0.065 : 0.129, k7 0.089 : 0.141, k9 0.109 : 0.154
         Row(16, 9, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k9 0.108
         Row(16, 13, Plan((8, 8), 4, 5, 4, 32)),  # 512-4x16-k11 0.137 : 0.247, k13 0.151 : 0.243
@@ -135,8 +195,9 @@ _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
         Row(64, 3, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.057 : 0.075
         Row(64, 5, Plan((8, 16), 8, 2, 4)),  # 2048-64-k5 0.763 : 1.07
         Row(64, 7, Plan((8, 8), 4, 3, 4)),
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.386 : 0.438
     ),
-    ("grad_key_value", False): (
+    ("grad_key_value", "half", False): (
         Row(16, 5, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k5 0.090 : 0.140
         Row(16, 9, Plan((8, 8), 4, 4, 1, 32)),  # 512-4x16-k7 0.127 : 0.159, k9 0.142 : 0.188
         Row(16, 11, Plan((8, 8), 4, 4, 2, 32)),  # 512-4x16-k11 0.190 : 0.305
@@ -151,8 +212,10 @@ _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
         Row(64, 5, Plan((8, 16), 8, 2, 4)),  # 2048-64-k5 0.929 : 1.29
         Row(64, 7, Plan((8, 8), 4, 3, 1)),  # 8x128-8x64-k7 0.328 : 0.430
         Row(64, 11, Plan((8, 8), 4, 2, 4)),  # 8x128-8x64-k9 0.392 : 0.484, 512-64-k11 0.163 : 0.209
+        Row(64, 13, Plan((4, 16), 4, 3, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.580 : 0.768
+        Row(64, 21, Plan((4, 16), 4, 2, 4, band=4, slots=2)),  # 512-64-k21 0.303 : 0.345
     ),
-    ("forward", True): (
+    ("forward", "half", True): (
         Row(16, 9, Plan((4, 32), 8, 2, 6)),  # 512-4x16-k7 0.144 : 0.154
         Row(16, 13, Plan((8, 8), 4, 5, 4)),  # 512-4x16-k13 0.213 : 0.342
         Row(32, 7, Plan((4, 32), 8, 2, 6)),  # 2048-32-k7 0.764 : 0.949
@@ -160,37 +223,122 @@ _TABLE: dict[tuple[str, bool], tuple[Row, ...]] = {
         Row(32, 13, Plan((8, 16), 8, 2, 6)),  # 512-2x32-k13 0.162 : 0.181
         Row(64, 5, Plan((16, 16), 16, 1, 9)),  # 2048-64-k5 1.44 : 1.77
     ),
-    ("grad_query", True): (
+    ("grad_query", "half", True): (
         Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.136 : 0.207
         Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 512-4x16-k13 0.207 : 0.278
         Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 2048-32-k7 1.02 : 1.13, 512-4x32-k9 0.308 : 0.322
     ),
-    ("grad_key_value", True): (
+    ("grad_key_value", "half", True): (
         Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.199 : 0.213
         Row(16, 13, Plan((16, 8), 8, 2, 2)),  # 512-4x16-k13 0.288 : 0.329
         # 2048-32-k7 1.29 : 1.77, 512-4x32-k9 0.359 : 0.552, 512-2x32-k13 0.255 : 0.346
         Row(32, 13, Plan((8, 16), 8, 2, 4)),
     ),
+    ("forward", "tf32", False): (
+        Row(64, 7, Plan((8, 8), 4, 3, 2)),  # 512-64-k5 0.083 : 0.088
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.167 : 0.167
+    ),
+    ("grad_query", "tf32", False): (
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.135 : 0.144
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.240 : 0.269
+    ),
+    ("grad_key_value", "tf32", False): (
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.179 : 0.188
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.317 : 0.436
+    ),
+    ("forward", "tf32", True): (
+        Row(64, 7, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 512-64-k5 0.144 : 0.171
+        Row(64, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.213 : 0.255
+    ),
+    ("grad_query", "tf32", True): (
+        Row(64, 7, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 512-64-k5 0.208 : 0.270
+        Row(64, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.292 : 0.441
+    ),
+    ("grad_key_value", "tf32", True): (
+        Row(64, 7, Plan((4, 32), 8, 1, 1)),  # 512-64-k5 0.280 : 0.371
+        Row(64, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.407 : 0.533
+    ),
+    ("forward", "three-pass", False): (
+        Row(16, 13, Plan((4, 16), 4, 4, 2, 64, band=2, slots=3)),  # 512-16-k11 0.101 : 0.119
+        Row(16, 21, Plan((4, 16), 4, 4, 2, 64, band=4, slots=2)),
+        Row(32, 7, Plan((4, 32), 8, 2, 2)),
+        Row(32, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.114 : 0.128
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.300 : 0.344
+        Row(64, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-64-k21 0.053 : 0.061
+    ),
+    ("grad_query", "three-pass", False): (
+        Row(16, 13, Plan((4, 16), 4, 3, 2)),  # 512-16-k11 0.128 : 0.161
+        Row(16, 21, Plan((4, 16), 4, 3, 2, 64, band=4, slots=2)),
+        Row(32, 7, Plan((8, 16), 8, 1, 1)),
+        Row(32, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),
+        Row(64, 7, Plan((4, 8), 2, 4, 1)),  # 512-64-k5 0.192 : 0.207
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.485 : 0.510
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=4, slots=2)),  # 128-64-k21 0.076 : 0.088
+    ),
+    ("grad_key_value", "three-pass", False): (
+        Row(16, 13, Plan((4, 16), 4, 4, 1)),  # 512-16-k11 0.170 : 0.228
+        Row(16, 21, Plan((4, 16), 4, 3, 1, 64, band=2, slots=3)),
+        Row(32, 7, Plan((4, 16), 4, 2, 2)),
+        Row(32, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=2, slots=3)),
+        Row(64, 7, Plan((4, 16), 4, 2, 1)),  # 512-64-k5 0.257 : 0.293
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.650 : 0.773
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.105 : 0.129
+    ),
+    ("forward", "three-pass", True): (
+        Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 128-16-k5 0.0081 : 0.0101, k11 0.013 : 0.016, 512-16-k11 0.100 : 0.218
+        Row(16, 21, Plan((4, 16), 4, 4, 2, band=4, slots=2)),  # 128-16-k21 0.024 : 0.035
+        Row(32, 7, Plan((4, 32), 8, 2, 2)),  # 128-32-k5 0.011 : 0.015
+        Row(32, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 128-32-k11 0.018 : 0.023
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-32-k21 0.035 : 0.057
+        Row(64, 7, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k5 0.180 : 0.283
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.345 : 0.552
+        Row(64, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-64-k21 0.060 : 0.118
+    ),
+    ("grad_query", "three-pass", True): (
+        Row(16, 7, Plan((4, 32), 8, 2, 2)),  # 128-16-k5 0.0094 : 0.0153
+        Row(16, 13, Plan((8, 8), 4, 3, 2)),  # 128-16-k11 0.015 : 0.022, 512-16-k11 0.127 : 0.191
+        Row(16, 21, Plan((4, 16), 4, 3, 2, band=4, slots=2)),  # 128-16-k21 0.028 : 0.050
+        Row(32, 7, Plan((8, 16), 8, 1, 1)),  # 128-32-k5 0.014 : 0.023
+        Row(32, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 128-32-k11 0.023 : 0.033
+        Row(32, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-32-k21 0.044 : 0.077
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k5 0.250 : 0.400, k11 0.539 : 0.745
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.083 : 0.130
+    ),
+    ("grad_key_value", "three-pass", True): (
+        # 128-16-k5 0.015 : 0.019, k11 0.022 : 0.028, 512-16-k11 0.182 : 0.290
+        Row(16, 13, Plan((4, 32), 8, 2, 1)),
+        Row(16, 21, Plan((4, 16), 4, 3, 1, band=2, slots=3)),  # 128-16-k21 0.040 : 0.067
+        Row(32, 7, Plan((4, 16), 4, 2, 2)),  # 128-32-k5 0.022 : 0.027
+        Row(32, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 128-32-k11 0.033 : 0.044
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 128-32-k21 0.062 : 0.097
+        Row(64, 7, Plan((4, 32), 8, 1, 1)),  # 512-64-k5 0.343 : 0.508
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.704 : 0.930
+        Row(64, 21, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.114 : 0.180
+    ),
 }
 
 
-def rows() -> list[tuple[str, bool, Row]]:
-    """Every row with its task, and whether it is of planes."""
-    return [(task, planes, row) for (task, planes), table in _TABLE.items() for row in table]
+def rows() -> list[tuple[str, Form, Row]]:
+    """Every row with its task and the form of its maps."""
+    return [(task, Form(product, planes), row) for (task, product, planes), table in _TABLE.items() for row in table]
 
 
 def choose(
-    task: str, planes: bool, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
+    task: str, form: Form, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
 ) -> Plan | None:
     """The plan of "forward", "grad_query" or "grad_key_value"; None where the task is not served.
 
-    planes: whether maps have their columns side by side, else their channels. depth: channels per head. pixels: of all
-    images and heads. kernel: (height, width) of the window. lead: columns from the first that a kept pixel sees to its
-    own. limit: bytes of shared memory that a block may take.
+    depth: channels per head. pixels: of all images and heads. kernel: (height, width) of the window. lead: columns from
+    the first that a kept pixel sees to its own. limit: bytes of shared memory that a block may take.
     """
-    rows = (row for row in _TABLE[task, planes] if row.depth == depth and max(kernel) <= row.kernel)
-    for plan in (row.plan for row in rows if pixels <= row.pixels):
-        group, held = plan.group(heads, depth, planes), shape(plan, kernel, lead, planes)
-        if suits(plan, group, planes) and shared(task, plan, group, depth, held) <= limit:
+    rows = _TABLE.get((task, *form), ())
+    fitting = (row for row in rows if row.depth == depth and max(kernel) <= row.kernel and pixels <= row.pixels)
+    for plan in (row.plan for row in fitting):
+        group, held = plan.group(heads, depth, form), shape(plan, kernel, lead, form)
+        if suits(plan, group, form) and shared(task, plan, group, depth, held, form) <= limit:
             return plan
     return None

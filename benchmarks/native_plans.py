@@ -1,0 +1,188 @@
+"""Times plans of the native kernels on a GPU: python -m benchmarks.native_plans --help."""
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from image_local_attention.bench.cases import GROUPS, Case
+from image_local_attention.bench.measure import measure
+from image_local_attention.bench.rows import environment
+from image_local_attention.kernels import attention, attention_backward, native
+from image_local_attention.kernels import gpu as gpus
+from image_local_attention.kernels.native import launch, nvrtc
+from image_local_attention.kernels.native.plan import Form, Plan, choose, shape, shared, suits
+from image_local_attention.maps import split_heads
+from image_local_attention.rules import Rules
+from image_local_attention.window import Window
+
+TASKS = "forward", "grad_query", "grad_key_value"
+TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
+BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
+STEPS = 1, 2, 4
+THREADS = 256, 384, 512, 768  # of a multiprocessor, which bound the registers of each
+SPILLED = 64  # bytes of a thread, at most
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task of a case, as the native launcher is asked for it."""
+
+    case: Case
+    task: str
+
+    @property
+    def form(self) -> Form:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.case.dtype]
+        return Form(gpus.of(torch.device("cuda")).product(dtype, self.case.precision), self.case.layout == "nchw")
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.case.kernel, self.case.kernel
+
+    def table(self) -> Plan | None:
+        case, lead = self.case, self.case.kernel // 2
+        return choose(self.task, self.form, case.heads, case.depth, case.queries, self.kernel, lead, limit())
+
+    def compiled(self, plan: Plan) -> launch.Compiled:
+        case, lead = self.case, (self.case.kernel // 2, self.case.kernel // 2)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
+        group = plan.group(case.heads, case.depth, self.form)
+        return launch.Compiled(self.task, plan, self.form, dtype, case.depth, group, self.kernel, lead)
+
+    def candidates(self) -> Iterator[Plan]:
+        """Plans that fit into shared memory and whose blocks would share a multiprocessor."""
+        single, sized = self.form.element == 4, THREADS
+        if single:  # by how many registers sums of so many channels take
+            sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(self.case.depth, (256, 384))
+        spills = self.form.product == "three-pass" and self.case.depth > 32 and self.task != "forward"
+        for tile, (band, slots), step, threads in itertools.product(TILES, BANDS, STEPS, sized):
+            for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
+                plan = Plan(tile, warps, max(1, threads // (32 * warps)), step, band=band, slots=slots)
+                group = plan.group(self.case.heads, self.case.depth, self.form)
+                held = shape(plan, self.kernel, self.kernel[1] // 2, self.form)
+                takes = shared(self.task, plan, group, self.case.depth, held, self.form) + 1024
+                if plan.band and self.form.planes and not single:
+                    continue
+                if 32 * warps * plan.resident != threads or not suits(plan, group, self.form):
+                    continue
+                if takes * plan.resident > limit() + 1024 or step > held.pairs or (band and held.bands == 1):
+                    continue
+                if max(held.band) <= 256 and not (spills and (step > 1 or threads > 256)) and not (single and step > 2):
+                    yield plan
+
+
+def limit() -> int:
+    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+
+
+def compile_plan(compiled: launch.Compiled) -> int | str:
+    """Bytes of a thread's stack, or what went wrong; the machine code is kept on disk."""
+    try:
+        arch = f"--gpu-architecture=sm_{gpus.of(torch.device('cuda')).arch}"
+        cubin = nvrtc.compiled(compiled.source, (arch, *compiled.options))
+    except nvrtc.CompileError as error:
+        return str(error)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", told)[1])
+
+
+def runs_of(case: Case) -> dict[str, Callable]:
+    """Functions that run a task and give its results; what they take was made by portable kernels."""
+    maps = [split_heads(x, case.heads) for x in case.maps(torch.device("cuda"))]
+    *inputs, grad_out = maps
+    rules = Rules(Window((case.kernel, case.kernel)), 1.0, precision=case.precision)
+    with native.portable():
+        out, lse = attention(*inputs, rules)
+
+    def backward(*wanted: bool) -> tuple:
+        return attention_backward(grad_out, None, *inputs, out, lse, (*wanted, False), rules)
+
+    return {
+        "forward": lambda: attention(*inputs, rules),
+        "grad_query": lambda: backward(True, False, False)[:1],
+        "grad_key_value": lambda: backward(False, True, True)[1:3],
+    }
+
+
+def far(results: tuple, wanted: tuple) -> float:
+    """The largest difference, as a share of the largest number."""
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(results, wanted, strict=True))
+
+
+def time_plans(problem: Problem, plans: list[Plan], run: Callable, budget_s: float) -> list[dict]:
+    device = torch.device("cuda")
+    with native.portable():
+        wanted = run()
+        portable = measure(run, device, budget_s=4 * budget_s).ms_p50
+    rows = [{"plan": "portable", "ms": portable}]
+    for plan in plans:
+        with native.using(problem.task, plan):
+            try:
+                off = far(run(), wanted)
+                rows.append({"plan": asdict(plan), "ms": measure(run, device, budget_s=budget_s).ms_p50, "off": off})
+            except RuntimeError as error:
+                rows.append({"plan": asdict(plan), "ms": float("inf"), "error": str(error)})
+    return sorted(rows, key=lambda row: row["ms"])
+
+
+def main(
+    only: Annotated[list[str], typer.Option(help="Cases with one of these in the name.")],
+    task: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(TASKS)}.")] = None,
+    group: Annotated[str, typer.Option(help=f"Of cases: {', '.join(GROUPS)}.")] = "design",
+    processes: Annotated[int, typer.Option(help="That compile.")] = 14,
+    budget: Annotated[float, typer.Option(help="Seconds of repetition for each candidate.")] = 0.02,
+    show: Annotated[int, typer.Option(help="Plans of each table.")] = 6,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+) -> None:
+    """Time the plans that fit a case, beside Triton's kernel. A backward task is timed with what runs before it."""
+    console, began, rows = Console(width=None if Console().is_terminal else 170), time.perf_counter(), []
+    problems = [
+        Problem(case, each)
+        for case in GROUPS[group]
+        for each in task or TASKS
+        if any(text in case.name for text in only)
+    ]
+    jobs = [(problem, plan) for problem in problems for plan in problem.candidates()]
+    with ThreadPoolExecutor(processes) as pool:
+        stacks = dict(zip(jobs, pool.map(lambda job: compile_plan(job[0].compiled(job[1])), jobs), strict=True))
+    console.print(f"compiled {len(jobs)} plans: {time.perf_counter() - began:.0f} s", style="dim")
+    where = environment(torch.device("cuda"))
+    for problem in problems:
+        for plan in (plan for each, plan in jobs if each == problem):
+            if isinstance(stacks[problem, plan], str):
+                console.print(stacks[problem, plan], style="bold red")
+        fitting = [plan for each, plan in jobs if each == problem and stacks[each, plan] in range(SPILLED + 1)]
+        timed = time_plans(problem, fitting, runs_of(problem.case)[problem.task], budget)
+        table = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
+        for row in [*timed[:show], *(row for row in timed[show:] if row["plan"] == "portable")]:
+            named = row["plan"] if isinstance(row["plan"], str) else str(Plan(**row["plan"]))
+            table.add_row(named, f"{row['ms']:.4g}", row.get("error", f"{row.get('off', 0):.1e}"))
+        console.print(table)
+        rows += [{"case": problem.case.name, "task": problem.task} | row | where for row in timed]
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    console.print(f"{time.perf_counter() - began:.0f} s since the start", style="dim")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+// Copies of tiles and halos between maps and shared memory, and the barriers that tell of them.
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+INLINE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Where shared memory begins; a swizzle's pattern begins there too.
+INLINE u32 shared_start(const void* raw) {
+  const u32 start = shared_address(raw);
+  if (start % 1024) __trap();
+  return start;
+}
+
+INLINE void barrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+INLINE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+INLINE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, for so many bytes to follow.
+INLINE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+INLINE void barrier_expect_more(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for all that the barrier expects of its use number `use`.
+INLINE void barrier_wait(u32 barrier, int use) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(use & 1)
+      : "memory");
+}
+
+// Copies the box that begins at (channel, x, y, image); what lies outside of the map is zero.
+INLINE void copy_in(u32 to, const TensorMap& map, u32 barrier, int channel, int x, int y, int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(to), "l"(&map), "r"(barrier), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y),
+      "r"(image)
+      : "memory");
+}
+
+// Writes a tile that all threads have written to shared memory; what lies outside of the map is left out.
+INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+      "cp.async.bulk.commit_group;"
+      ::"l"(&map), "r"(from), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y), "r"(image)
+      : "memory");
+}
+
+// Of ordinary reads and writes of shared memory, before a copy overwrites what was read or reads what was written. A
+// barrier alone does not keep a copy from overtaking loads that are still under way.
+INLINE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
+INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }
+
+// The halos of two maps, band after band: a band lies in slot `band % SLOTS`, that of the second map BAND_ROOM after that
+// of the first.
+struct Halos {
+  static constexpr int ROOM = 2 * SLOTS * BAND_ROOM, BARRIERS = 32 * SLOTS;  // bytes
+  enum Map { FIRST, SECOND, READ };  // barriers of a slot: either map has come; all warps have read both
+
+  const TensorMap &first, &second;
+  const Place& at;
+  u32 start, barriers;
+  int y, x;  // of the halo's first pixel
+
+  // lead: from the first pixel that a kept one sees to it
+  INLINE Halos(u32 start, u32 barriers, const TensorMap& first, const TensorMap& second, const Place& at, int lead_y,
+               int lead_x)
+      : first(first), second(second), at(at), start(start), barriers(barriers), y(at.y - lead_y),
+        x(at.x - lead_x - PAD) {}
+
+  INLINE u32 band(int number) const { return start + number % SLOTS * 2 * BAND_ROOM; }
+
+  INLINE u32 barrier(int band, Map which) const { return barriers + band % SLOTS * 32 + which * 8; }
+
+  INLINE void init() const {
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; slot++) {
+      barrier_init(barrier(slot, FIRST), 1), barrier_init(barrier(slot, SECOND), 1);
+      barrier_init(barrier(slot, READ), WARPS);
+    }
+    barriers_ready();
+  }
+
+  INLINE void fill(int number) const {
+    fill(number, first, FIRST), fill(number, second, SECOND);
+  }
+
+  INLINE void fill(int number, const TensorMap& map, Map which) const {
+    const u32 barrier = this->barrier(number, which);
+    barrier_expect(barrier, BAND_BYTES);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+      copy_in(band(number) + which * BAND_ROOM + part * PART_ROOM, map, barrier,
+              at.channel + part * (PART_BYTES / ELEMENT), x, y + number * BAND_H, at.image);
+  }
+
+  // The first bands, into empty slots.
+  INLINE void fill_all() const {
+#pragma unroll
+    for (int slot = 0; slot < min(SLOTS, BANDS); slot++) fill(slot);
+  }
+
+  INLINE void wait(int number, Map which) const { barrier_wait(barrier(number, which), number / SLOTS); }
+
+  // Before a band: one of the warps fills the slot of the band before it anew, once all have read that.
+  INLINE void refill(int number, const Lane& l) const {
+    const int read = number - 1, next = read + SLOTS;
+    if (WHOLE || read < 0 || next >= BANDS || read % WARPS != l.warp) return;
+    barrier_wait(barrier(read, READ), read / SLOTS);
+    if (l.lane == 0) fill(next);
+    __syncwarp();
+  }
+
+  // After a band.
+  INLINE void release(int number, const Lane& l) const {
+    if (WHOLE) return;
+    before_copies();
+    __syncwarp();
+    if (l.lane == 0) barrier_arrive(barrier(number, READ));
+  }
+};

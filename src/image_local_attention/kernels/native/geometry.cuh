@@ -1,0 +1,118 @@
+// What a program keeps and what it sees, and where its pixels lie.
+//
+// A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads. A warp takes a subtile of 16 pixels, the rows of a
+// matrix instruction, against only the pixels of the halo that this subtile's windows see, 16 a step. Subtiles keep
+// queries and see keys, or keep keys and see queries: pixel t of a subtile meets pixel h of its halo if
+// 0 <= h - t < KERNEL, on each axis.
+//
+// The halo comes in bands of BAND_H rows, each with what a subtile sees of it: all in one band, or more than SLOTS of
+// them, which take turns in shared memory. Its columns are those that are seen and, where copies begin on whole vectors
+// or addresses ask for it, PAD more before and some behind.
+//
+// Where channels lie side by side, or numbers are floats, subtiles are 4x4 pixels, and pixels are seen one by one.
+// Where columns of halves do, subtiles are 2x8, and pixels are seen in blocks of 8 columns.
+//
+// Names in capitals that are not defined here are given when this is compiled.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define INLINE __device__ __forceinline__
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+[[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
+constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
+constexpr int WARP_HEADS = SUBTILES * GROUP / WARPS;  // heads that a warp takes, one after the other
+constexpr bool WHOLE = BANDS == 1;
+constexpr int SEEN_ROWS = WHOLE ? SEEN_H : BAND_H, SEEN_BANDS = ceil_div(SEEN_H, SEEN_ROWS);
+constexpr int SEEN = SEEN_ROWS * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);  // of a band
+
+constexpr int CHANNELS = GROUP * DEPTH;
+constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channels: 32 bytes of them
+constexpr int SUMS = DEPTH / 8;              // fragments of a row of results
+[[maybe_unused]] constexpr int TILE_PIXELS = TILE_H * TILE_W;
+constexpr int BAND_PIXELS = BAND_H * HALO_W;
+// Channels of more than 128 bytes are copied one part after the other, for they are swizzled within 128.
+constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES = CHANNELS * ELEMENT / PARTS;
+constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
+constexpr int BAND_BYTES = BAND_PIXELS * CHANNELS * ELEMENT, BAND_ROOM = PARTS * PART_ROOM;
+
+static_assert(SUBTILES * GROUP % WARPS == 0 && WARPS % SUBTILES == 0, "a warp keeps to one subtile");
+static_assert(WHOLE || (WARP_HEADS == 1 && SUB_H % BAND_H == 0), "bands pass once, and subtiles begin with one");
+static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 128),
+              "what is swizzled together is a whole pattern, or a whole part of one");
+
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+struct Lane {
+  int thread, lane, warp, group, member;  // fragments: rows `group` and `group + 8`, columns 2 * `member` and the next
+  int sub_y, sub_x, first_head;           // the subtile's first pixel in the tile, and the warp's first head
+
+  INLINE Lane() {
+    thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = lane >> 2, member = lane & 3;
+    const int subtile = warp % SUBTILES;
+    sub_y = subtile / SUBTILES_X * SUB_H, sub_x = subtile % SUBTILES_X * SUB_W;
+    first_head = warp / SUBTILES * WARP_HEADS;
+  }
+
+  // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
+  INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
+
+  // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
+  INLINE int band_pixel(int seen, int last = SEEN - 1) const {
+    const int number = min(seen, last), y = number / SEEN_W;
+    return ((WHOLE ? sub_y : 0) + y) * HALO_W + sub_x + SKIP + number - y * SEEN_W;
+  }
+};
+
+struct Place {
+  int heads, height, width;          // of the maps
+  int channel, first_head, x, y, image;  // where this program's tile begins
+
+  // groups of heads lie side by side along the grid's first axis
+  INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
+    const int groups = heads / GROUP, tile_x = blockIdx.x / groups;
+    first_head = (blockIdx.x - tile_x * groups) * GROUP;
+    channel = first_head * DEPTH, x = tile_x * TILE_W, y = blockIdx.y * TILE_H, image = blockIdx.z;
+  }
+
+  // Where the pixel (y, x) of a head of the group lies in floats [B, heads, H, W].
+  INLINE long long pixel(int head, int y, int x) const {
+    return (((long long)image * heads + first_head + head) * height + y) * width + x;
+  }
+};
+
+// The two kept pixels of a lane, those of the rows `group` and `group + 8` of its fragments.
+struct Rows {
+  int y, x;  // of the first
+  bool low_there, high_there;
+
+  INLINE Rows(const Place& at, const Lane& l) {
+    y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
+    low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
+  }
+};
+
+INLINE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The sum, and the maximum, over the four lanes that share a row.
+INLINE float sum_of_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+INLINE float most_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+template <int N>
+INLINE void zero(float (&sum)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+}

@@ -1,0 +1,192 @@
+// Maps of halves: fragments and their products, and tiles that are kept in shared memory.
+
+constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
+static_assert(PARTS == 1 && (!PLANES || TILE_PIXELS % 32 == 0), "tiles and bands are copied at once");
+
+using KeptMap = TensorMap;
+
+struct Fragments {  // of a subtile's 16 pixels
+  u32 of[STEPS][4];
+};
+
+struct Weights {  // of 16 pixels, the rows, and 16 that are seen
+  u32 of[4];
+};
+
+using Seen = u32;  // address of a lane's row of the fragments of 16 pixels of a band
+
+// Address of a lane's row of a fragment, in a tile or band of so many PIXELS: 16 bytes of 8 channels of one pixel, or,
+// in planes, of 8 columns of one channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31
+// the channels 8 later.
+template <int PIXELS, int PATTERN>
+INLINE u32 address_of(u32 start, int lane, int pixel) {
+  if (!PLANES) return start + swizzled(pixel * CHANNELS * 2, PATTERN) ^ (lane >> 4) << 4;
+  const int channel = (lane & 7) + (lane >> 4) * 8;
+  return start + swizzled((channel * PIXELS + pixel) * 2, PATTERN);
+}
+
+// The same of the channels that are `step` times 16 later.
+template <int PIXELS>
+INLINE u32 at_step(u32 address, int step) {
+  return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
+}
+
+// Four 8x8 matrices whose rows lie at the lanes' addresses; `ACROSS` are transposed.
+template <bool ACROSS>
+INLINE void load_fragments(u32 (&r)[4], u32 address) {
+  if (ACROSS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+INLINE void store_fragments(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  if (PLANES)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+// c += a b, of 16 rows, 16 channels or keys and 8 columns
+INLINE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to halves, the first in the lower bits.
+INLINE u32 pack(float low, float high) {
+  u32 packed;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+  return packed;
+}
+
+INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
+  packed.of[0] = pack(p[0][0], p[0][1]), packed.of[1] = pack(p[0][2], p[0][3]);
+  packed.of[2] = pack(p[1][0], p[1][1]), packed.of[3] = pack(p[1][2], p[1][3]);
+}
+
+// The product of two pairs of halves: of the first ones plus of the second ones.
+INLINE float product_of_two(u32 a, u32 b) {
+  float a0, a1, b0, b1;
+#if BF16
+  a0 = __uint_as_float(a << 16), a1 = __uint_as_float(a & 0xFFFF0000);
+  b0 = __uint_as_float(b << 16), b1 = __uint_as_float(b & 0xFFFF0000);
+#else
+  asm("{.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;}" : "=f"(a0), "=f"(a1) : "r"(a));
+  asm("{.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;}" : "=f"(b0), "=f"(b1) : "r"(b));
+#endif
+  return fmaf(a0, b0, a1 * b1);
+}
+
+// The tile of a kept map, or of results, in shared memory, as a warp sees its subtile.
+struct Kept {
+  static constexpr int ROOM = TILE_ROOM;
+
+  const TensorMap& map;
+  const Place& at;
+  u32 tile, row;  // row: this lane's of the fragments
+
+  INLINE Kept(u32 tile, const TensorMap& map, const Place& at, const Lane& l) : map(map), at(at), tile(tile) {
+    const int number = PLANES ? l.lane & 8 : l.lane & 15;
+    const int pixel = (l.sub_y + number / SUB_W) * TILE_W + l.sub_x + number % SUB_W;
+    row = address_of<TILE_PIXELS, TILE_PATTERN>(tile, l.lane, pixel);
+  }
+
+  // By one thread, which the barrier still waits for.
+  INLINE void copy_in(u32 barrier) const {
+    barrier_expect_more(barrier, TILE_BYTES);
+    ::copy_in(tile, map, barrier, at.channel, at.x, at.y, at.image);
+  }
+
+  // By one thread, when all have stored what is theirs.
+  INLINE void copy_out() const { ::copy_out(tile, map, at.channel, at.x, at.y, at.image); }
+
+  // flip: the sign bits of two halves, or 0
+  INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      load_fragments<PLANES>(kept.of[step], at_step<TILE_PIXELS>(row, head * STEPS + step));
+#pragma unroll
+      for (int i = 0; i < 4; i++) kept.of[step][i] ^= flip;
+    }
+  }
+
+  // The sum over channels of this tile's times another's, of the rows `group`, and of those 8 later.
+  INLINE void products(float& low, float& high, const Fragments& other, int head) const {
+    low = high = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      u32 mine[4];
+      load_fragments<PLANES>(mine, at_step<TILE_PIXELS>(row, head * STEPS + step));
+      low += product_of_two(other.of[step][0], mine[0]) + product_of_two(other.of[step][2], mine[2]);
+      high += product_of_two(other.of[step][1], mine[1]) + product_of_two(other.of[step][3], mine[3]);
+    }
+    low = sum_of_row(low), high = sum_of_row(high);
+  }
+
+  // Rows `group` times `low`, the others times `high`.
+  INLINE void store(int head, const float (&sum)[SUMS][4], float low, float high) const {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
+      store_fragments(at_step<TILE_PIXELS>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
+                      pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
+    }
+  }
+};
+
+// Writes tiles, of which all warps have stored theirs, to their maps.
+template <typename... Tiles>
+INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
+  before_copies();
+  __syncthreads();
+  if (l.thread == 0) {
+    (tiles.copy_out(), ...);
+    copies_have_read();
+  }
+}
+
+INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
+  const int pixel = PLANES ? l.band_pixel(16 * pair + (l.lane & 8), SEEN - 8) : l.band_pixel(16 * pair + (l.lane & 15));
+  return address_of<BAND_PIXELS, HALO_PATTERN>(band, l.lane, pixel);
+}
+
+// s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
+INLINE void add_scores(float (&s)[2][4], const Fragments& kept, Seen seen, u32 map, int head) {
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    u32 r[4];
+    load_fragments<PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    multiply(s[0], kept.of[step], r[0], r[2]);
+    multiply(s[1], kept.of[step], r[1], r[3]);
+  }
+}
+
+// sum += weights @ the same 16 pixels
+INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, Seen seen, u32 map, int head) {
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    u32 r[4];
+    load_fragments<!PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    multiply(sum[2 * step], weights.of, r[0], r[1]);
+    multiply(sum[2 * step + 1], weights.of, r[2], r[3]);
+  }
+}

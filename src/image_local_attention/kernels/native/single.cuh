@@ -1,0 +1,284 @@
+// Maps of floats: fragments and their products in TF32, in one pass or in three, and kept pixels read where they lie.
+//
+// A pass takes the upper 11 bits of a number. Three of them split a number into these, `high`, and the rest, `low`, and
+// leave out the product of the rests: products are as exact as those of fp32.
+
+constexpr bool EXACT = PASSES == 3;
+// Kept fragments are split once where registers hold both parts, else whenever they are multiplied.
+constexpr bool SPLIT_ONCE = EXACT && KEPT_MAPS * DEPTH <= 64;
+constexpr int VECTOR = PLANES ? 1 : DEPTH < 32 ? 2 : 4;  // channels of a weighted pixel that a lane loads at once
+// Two pixels that a lane weighs lie side by side, the first on an even place.
+constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
+static_assert(!PLANES || (SIDE_BY_SIDE && SKIP % 2 == 0 && BAND_PIXELS % 2 == 0), "pairs of columns are loaded at once");
+
+// high: the upper bits, to the nearest
+INLINE void split(u32& high, u32& low, u32 x) {
+  high = x + 0x1000 & 0xFFFFE000;
+  low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
+}
+
+// The same, but whenever it is asked for: compilers do not hold the results in registers.
+INLINE void split_anew(u32& high, u32& low, u32 x) {
+  asm volatile("{.reg .b32 x;\nadd.u32 x, %2, 0x1000;\nand.b32 %0, x, 0xFFFFE000;\nsub.f32 %1, %2, %0;\n}"
+               : "=r"(high), "=r"(low)
+               : "r"(x));
+}
+
+template <int N>
+struct Operand {
+  u32 high[N], low[N];
+
+  Operand() = default;
+
+  INLINE Operand(const u32 (&x)[N], void (*split)(u32&, u32&, u32) = ::split) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (EXACT)
+        split(high[i], low[i], x[i]);
+      else
+        high[i] = x[i], low[i] = 0;
+    }
+  }
+};
+
+struct Fragments {  // of a subtile's 16 pixels: 8 channels a step
+  u32 of[STEPS][4], low[STEPS][4];
+
+  INLINE Operand<4> operand(int step) const {
+    if (!SPLIT_ONCE) return {of[step], split_anew};
+    Operand<4> both;
+#pragma unroll
+    for (int i = 0; i < 4; i++) both.high[i] = of[step][i], both.low[i] = low[step][i];
+    return both;
+  }
+
+  INLINE float number(int step, int i) const {
+    const float high = __uint_as_float(of[step][i]);
+    return SPLIT_ONCE ? high + __uint_as_float(low[step][i]) : high;
+  }
+};
+
+struct Weights {  // of 16 pixels, the rows, and two blocks of 8 that are seen
+  Operand<4> of[2];
+};
+
+// c += a b in one pass, of 16 rows, 8 channels or keys and 8 columns
+INLINE void multiply_once(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with b's registers `i` and `j`; products of a high and a low part go to `rest`, which may be `c`.
+template <int N>
+INLINE void multiply(float (&c)[4], float (&rest)[4], const Operand<4>& a, const Operand<N>& b, int i, int j) {
+  if (EXACT) {
+    multiply_once(rest, a.low, b.high[i], b.high[j]);
+    multiply_once(rest, a.high, b.low[i], b.low[j]);
+  }
+  multiply_once(c, a.high, b.high[i], b.high[j]);
+}
+
+// A row of weights has an even column as number t of the products' inner axis, and the odd one after it as number t + 4:
+// so lanes hold what they need, and weigh two pixels side by side.
+INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const u32 block[4] = {__float_as_uint(p[n][0]), __float_as_uint(p[n][2]), __float_as_uint(p[n][1]),
+                          __float_as_uint(p[n][3])};
+    packed.of[n] = Operand<4>(block);
+  }
+}
+
+struct alignas(64) KeptMap {
+  float* data;
+  long long image, channel, row, column;  // steps
+};
+
+// A kept map, or results, as a lane reads and writes the two pixels of its rows.
+struct Kept {
+  static constexpr int ROOM = 0;
+
+  const KeptMap& map;
+  const Rows rows;
+  float *low, *high;  // of the first head
+
+  INLINE Kept(u32, const KeptMap& map, const Place& at, const Lane& l) : map(map), rows(at, l) {
+    low = map.data + at.image * map.image + at.channel * map.channel + rows.y * map.row + rows.x * map.column;
+    high = low + NEXT_ROWS * map.row;
+  }
+
+  INLINE void copy_in(u32) const {}
+
+  // flip: the sign bit, or 0
+  INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      u32 x[4];
+      numbers(x, head, step);
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] ^= flip;
+      const Operand<4> both(x);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        kept.of[step][i] = SPLIT_ONCE ? both.high[i] : x[i];
+        if (SPLIT_ONCE) kept.low[step][i] = both.low[i];
+      }
+    }
+  }
+
+  // The sum over channels of these pixels' times another's, of the rows `group`, and of those 8 later.
+  INLINE void products(float& of_low, float& of_high, const Fragments& other, int head) const {
+    of_low = of_high = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      u32 x[4];
+      numbers(x, head, step);
+      of_low = fmaf(other.number(step, 0), __uint_as_float(x[0]), of_low);
+      of_high = fmaf(other.number(step, 1), __uint_as_float(x[1]), of_high);
+      of_low = fmaf(other.number(step, 2), __uint_as_float(x[2]), of_low);
+      of_high = fmaf(other.number(step, 3), __uint_as_float(x[3]), of_high);
+    }
+    of_low = sum_of_row(of_low), of_high = sum_of_row(of_high);
+  }
+
+  INLINE void numbers(u32 (&x)[4], int head, int step) const {
+    const Lane l;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const long long from = (head * DEPTH + step * 8 + i * 4 + l.member) * map.channel;
+      x[2 * i] = rows.low_there ? __float_as_uint(low[from]) : 0;
+      x[2 * i + 1] = rows.high_there ? __float_as_uint(high[from]) : 0;
+    }
+  }
+
+  // Rows `group` times `of_low`, the others times `of_high`.
+  INLINE void store(int head, const float (&sum)[SUMS][4], float of_low, float of_high) const {
+    if (rows.low_there) store(low, head, sum, 0, of_low);
+    if (rows.high_there) store(high, head, sum, 2, of_high);
+  }
+
+  // first: of the two of a fragment that belong to this row
+  INLINE void store(float* to, int head, const float (&sum)[SUMS][4], int first, float factor) const {
+    const Lane l;
+#pragma unroll
+    for (int n = 0; n < SUMS; n += VECTOR) {
+      float* channel = to + (head * DEPTH + n * 8 + 2 * VECTOR * l.member) * map.channel;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if constexpr (VECTOR == 4)
+          reinterpret_cast<float4*>(channel)[i] = {sum[n][first + i] * factor, sum[n + 1][first + i] * factor,
+                                                   sum[n + 2][first + i] * factor, sum[n + 3][first + i] * factor};
+        else if constexpr (VECTOR == 2)
+          reinterpret_cast<float2*>(channel)[i] = {sum[n][first + i] * factor, sum[n + 1][first + i] * factor};
+        else
+          channel[i * map.channel] = sum[n][first + i] * factor;
+      }
+    }
+  }
+};
+
+template <typename... Maps>
+INLINE void copy_out_all(const Lane&, const Maps&...) {}
+
+// Where a lane finds what it loads of 16 pixels of a band, two blocks of 8.
+struct Seen {
+  u32 scored[2];       // pixel `group` of either block, or, where channels lie side by side, a row of four matrices
+  u32 weighted[2][2];  // pixels 2 * `member` and the next of either block
+};
+
+INLINE u32 pixel_address(u32 band, int pixel) { return band + swizzled(pixel * PART_BYTES, HALO_PATTERN); }
+
+INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
+  Seen seen;
+  if (!PLANES) seen.scored[0] = pixel_address(band, l.band_pixel(16 * pair + (l.lane & 15))) ^ (l.lane >> 4) << 4;
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const int first = 16 * pair + 8 * n, weighted = first + 2 * l.member;
+    const int pixel = l.band_pixel(weighted, SIDE_BY_SIDE ? SEEN - 2 : SEEN - 1);
+    if (PLANES) {
+      seen.scored[n] = band + (l.member * BAND_PIXELS + l.band_pixel(first + l.group)) * 4;
+      seen.weighted[n][0] = band + (l.group * BAND_PIXELS + pixel) * 4;
+    } else {
+      const u32 even = pixel_address(band, pixel);
+      const u32 odd = SIDE_BY_SIDE ? even + PART_BYTES ^ (HALO_PATTERN == 128 ? 16 : 0)
+                                   : pixel_address(band, l.band_pixel(weighted + 1));
+      seen.weighted[n][0] = even ^ l.group * VECTOR * 4, seen.weighted[n][1] = odd ^ l.group * VECTOR * 4;
+    }
+  }
+  return seen;
+}
+
+INLINE void load(u32 (&x)[1], u32 address) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[0]) : "r"(address)); }
+
+INLINE void load(u32 (&x)[2], u32 address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
+}
+
+INLINE void load(u32 (&x)[4], u32 address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address));
+}
+
+// Of 8 channels: the first 4 of both blocks, then the others.
+INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int step) {
+  if constexpr (PLANES) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      load(reinterpret_cast<u32(&)[1]>(r[i]), seen.scored[i % 2] + map + (step * 8 + i / 2 * 4) * BAND_PIXELS * 4);
+  } else {
+    const int number = head * STEPS + step;
+    const u32 address = (seen.scored[0] ^ number % 4 * 32) + map + number / 4 * PART_ROOM;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+  }
+}
+
+// s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
+INLINE void add_scores(float (&s)[2][4], const Fragments& kept, const Seen& seen, u32 map, int head) {
+  float rest[2][4];  // its sums are of their own, so as not to wait for those
+  zero(rest);
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    u32 r[4];
+    load_scored(r, seen, map, head, step);
+    const Operand<4> a = kept.operand(step), b(r);
+    multiply(s[0], rest[0], a, b, 0, 2);
+    multiply(s[1], rest[1], a, b, 1, 3);
+  }
+#pragma unroll
+  for (int i = 0; EXACT && i < 8; i++) s[i / 4][i % 4] += rest[i / 4][i % 4];
+}
+
+// sum += weights @ the same 16 pixels. Matrix units cut off what does not fit into a sum: exact sums of many pixels are
+// added up outside of them.
+INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, const Seen& seen, u32 map, int head) {
+#pragma unroll
+  for (int n = 0; n < SUMS; n += VECTOR) {
+    float part[VECTOR][4];
+    zero(part);
+#pragma unroll
+    for (int block = 0; block < 2; block++) {
+      u32 x[2 * VECTOR];  // of both pixels
+      if constexpr (PLANES) {
+        load(reinterpret_cast<u32(&)[2]>(x), seen.weighted[block][0] + map + n * 8 * BAND_PIXELS * 4);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          load(reinterpret_cast<u32(&)[VECTOR]>(x[i * VECTOR]),
+               (seen.weighted[block][i] ^ head * DEPTH * 4) + map + n / VECTOR * PART_ROOM);
+      }
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const u32 pixels[2] = {x[i], x[VECTOR + i]};
+        float(&to)[4] = EXACT ? part[i] : sum[n + i];
+        multiply(to, to, weights.of[block], Operand<2>(pixels), 0, 1);
+      }
+    }
+#pragma unroll
+    for (int i = 0; EXACT && i < 4 * VECTOR; i++) sum[n + i / 4][i % 4] += part[i / 4][i % 4];
+  }
+}

@@ -1,0 +1,78 @@
+// Visibility is a product of two small matrices, the last that is added to a score: a row of the first tells in which
+// column and in which row of the subtile a pixel lies, a column of the second has, for each of these, zero or HIDDEN. Its
+// operands are bfloat16, whatever maps are.
+constexpr u32 HIDDEN = 0xFE80;  // -2^126: what it is added to vanishes beside it, and two of them are finite
+constexpr u32 ONE = 0x3F80;
+constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
+
+struct alignas(8 * WORDS) Hidden {
+  u32 block[2][WORDS];
+};
+
+struct HiddenTable {
+  Hidden of[SEEN_BANDS * PAIRS + 1][32];  // the last tells of pixels past all that are seen
+
+  constexpr HiddenTable() : of() {
+    for (int pair = 0; pair <= SEEN_BANDS * PAIRS; pair++)
+      for (int lane = 0; lane < 32; lane++)
+        for (int block = 0; block < 2; block++)
+          for (int word = 0; word < WORDS; word++) {
+            const int seen = pair < SEEN_BANDS * PAIRS ? 16 * (pair % PAIRS) + 8 * block + lane / 4 : SEEN;
+            const int y = pair / PAIRS * SEEN_ROWS + seen / SEEN_W, x = seen % SEEN_W + SKIP - PAD;
+            u32 hidden = 0;
+            for (int i = 0; i < 2; i++) {
+              const int place = 8 * word + lane % 4 * 2 + i;
+              const bool of_column = place < SUB_W;
+              const int kept = of_column ? place : place - SUB_W;
+              const int at = of_column ? x : y, kernel = of_column ? KERNEL_W : KERNEL_H;
+              const bool met = seen < SEEN && at >= kept && at - kept < kernel;
+              hidden |= (met || place >= SUB_W + SUB_H ? 0u : HIDDEN) << 16 * i;
+            }
+            of[pair][lane].block[block][word] = hidden;
+          }
+  }
+};
+
+__device__ constexpr HiddenTable hidden_table;
+
+// Of a pair of blocks of what a subtile sees of a band; pairs past the last are hidden.
+INLINE Hidden hidden_of(int seen_band, int pair, const Lane& l) {
+  return hidden_table.of[pair < PAIRS ? seen_band * PAIRS + pair : SEEN_BANDS * PAIRS][l.lane];
+}
+
+struct Visibility {
+  u32 low[WORDS], high[WORDS];  // the first matrix's rows `group` and `group + 8`
+
+  INLINE Visibility(const Lane& l) {
+#pragma unroll
+    for (int word = 0; word < WORDS; word++) {
+      low[word] = place(l.group, 8 * word + 2 * l.member), high[word] = place(l.group + 8, 8 * word + 2 * l.member);
+    }
+  }
+
+  // One where `first` or the place after it is the row's column, or, past all columns, its row of the subtile.
+  static INLINE u32 place(int row, int first) {
+    const int column = row % SUB_W, after = SUB_W + row / SUB_W;
+    return (first == column || first == after ? ONE : 0) |
+           (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
+  }
+
+  // s += 0 where pixels meet, else HIDDEN or twice that
+  INLINE void hide(float (&s)[2][4], const Hidden& hidden) const {
+    hide_block(s[0], hidden.block[0]);
+    hide_block(s[1], hidden.block[1]);
+  }
+
+  INLINE void hide_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
+    if constexpr (WORDS == 1)
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(low[0]), "r"(high[0]), "r"(hidden[0]));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(low[0]), "r"(high[0]), "r"(low[WORDS - 1]), "r"(high[WORDS - 1]), "r"(hidden[0]),
+            "r"(hidden[WORDS - 1]));
+  }
+};

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,18 +17,19 @@ import triton
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from image_local_attention.bench.cases import GROUPS, Case
+from image_local_attention import local_attention
+from image_local_attention.bench.cases import DTYPES, GROUPS, Case
 from image_local_attention.bench.measure import measure
 from image_local_attention.bench.rows import environment
-from image_local_attention.kernels import attention, attention_backward, native
+from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import gpu as gpus
+from image_local_attention.kernels import native
 from image_local_attention.kernels.native import launch, nvrtc
-from image_local_attention.kernels.native.plan import Form, Plan, choose, shape, shared, suits
-from image_local_attention.maps import split_heads
-from image_local_attention.rules import Rules
-from image_local_attention.window import Window
+from image_local_attention.kernels.native.plan import Form, Plan, shape, shared, suits
 
+DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
@@ -47,22 +48,17 @@ class Problem:
 
     @property
     def form(self) -> Form:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.case.dtype]
-        return Form(gpus.of(torch.device("cuda")).product(dtype, self.case.precision), self.case.layout == "nchw")
+        product = gpus.of(DEVICE).product(DTYPES[self.case.dtype], self.case.precision)
+        return Form(product, self.case.layout == "nchw")
 
     @property
     def kernel(self) -> tuple[int, int]:
         return self.case.kernel, self.case.kernel
 
-    def table(self) -> Plan | None:
-        case, lead = self.case, self.case.kernel // 2
-        return choose(self.task, self.form, case.heads, case.depth, case.queries, self.kernel, lead, limit())
-
     def compiled(self, plan: Plan) -> launch.Compiled:
         case, lead = self.case, (self.case.kernel // 2, self.case.kernel // 2)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
         group = plan.group(case.heads, case.depth, self.form)
-        return launch.Compiled(self.task, plan, self.form, dtype, case.depth, group, self.kernel, lead)
+        return launch.Compiled(self.task, plan, self.form, DTYPES[case.dtype], case.depth, group, self.kernel, lead)
 
     def candidates(self) -> Iterator[Plan]:
         """Plans that fit into shared memory and whose blocks would share a multiprocessor."""
@@ -93,7 +89,7 @@ def limit() -> int:
 def compile_plan(compiled: launch.Compiled) -> int | str:
     """Bytes of a thread's stack, or what went wrong; the machine code is kept on disk."""
     try:
-        arch = f"--gpu-architecture=sm_{gpus.of(torch.device('cuda')).arch}"
+        arch = f"--gpu-architecture=sm_{gpus.of(DEVICE).arch}"
         cubin = nvrtc.compiled(compiled.source, (arch, *compiled.options))
     except nvrtc.CompileError as error:
         return str(error)
@@ -106,21 +102,21 @@ def compile_plan(compiled: launch.Compiled) -> int | str:
 
 
 def runs_of(case: Case) -> dict[str, Callable]:
-    """Functions that run a task and give its results; what they take was made by portable kernels."""
-    maps = [split_heads(x, case.heads) for x in case.maps(torch.device("cuda"))]
-    *inputs, grad_out = maps
-    rules = Rules(Window((case.kernel, case.kernel)), 1.0, precision=case.precision)
+    """Functions that run a task and give its results. A backward task runs delta too, if it does not make it."""
+    *inputs, grad_out = case.maps(DEVICE)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def attend() -> Tensor:
+        return local_attention(*leaves, case.kernel, heads=case.heads, scale=1.0, backend="triton")
+
+    def gradients(*of: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, of, grad_out, retain_graph=True)
+
     with native.portable():
-        out, lse = attention(*inputs, rules)
-
-    def backward(*wanted: bool) -> tuple:
-        return attention_backward(grad_out, None, *inputs, out, lse, (*wanted, False), rules)
-
-    return {
-        "forward": lambda: attention(*inputs, rules),
-        "grad_query": lambda: backward(True, False, False)[:1],
-        "grad_key_value": lambda: backward(False, True, True)[1:3],
-    }
+        out = attend()
+    query, *others = leaves
+    runs = lambda: (attend().detach(),), lambda: gradients(query), lambda: gradients(*others)
+    return dict(zip(TASKS, runs, strict=True))
 
 
 def far(results: tuple, wanted: tuple) -> float:
@@ -129,16 +125,15 @@ def far(results: tuple, wanted: tuple) -> float:
 
 
 def time_plans(problem: Problem, plans: list[Plan], run: Callable, budget_s: float) -> list[dict]:
-    device = torch.device("cuda")
     with native.portable():
         wanted = run()
-        portable = measure(run, device, budget_s=4 * budget_s).ms_p50
+        portable = measure(run, DEVICE, budget_s=4 * budget_s).ms_p50
     rows = [{"plan": "portable", "ms": portable}]
     for plan in plans:
         with native.using(problem.task, plan):
             try:
                 off = far(run(), wanted)
-                rows.append({"plan": asdict(plan), "ms": measure(run, device, budget_s=budget_s).ms_p50, "off": off})
+                rows.append({"plan": asdict(plan), "ms": measure(run, DEVICE, budget_s=budget_s).ms_p50, "off": off})
             except RuntimeError as error:
                 rows.append({"plan": asdict(plan), "ms": float("inf"), "error": str(error)})
     return sorted(rows, key=lambda row: row["ms"])
@@ -165,13 +160,14 @@ def main(
     with ThreadPoolExecutor(processes) as pool:
         stacks = dict(zip(jobs, pool.map(lambda job: compile_plan(job[0].compiled(job[1])), jobs), strict=True))
     console.print(f"compiled {len(jobs)} plans: {time.perf_counter() - began:.0f} s", style="dim")
-    where = environment(torch.device("cuda"))
+    where = environment(DEVICE)
     for problem in problems:
         for plan in (plan for each, plan in jobs if each == problem):
             if isinstance(stacks[problem, plan], str):
                 console.print(stacks[problem, plan], style="bold red")
         fitting = [plan for each, plan in jobs if each == problem and stacks[each, plan] in range(SPILLED + 1)]
-        timed = time_plans(problem, fitting, runs_of(problem.case)[problem.task], budget)
+        with matmul_precision(problem.case.precision):
+            timed = time_plans(problem, fitting, runs_of(problem.case)[problem.task], budget)
         table = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
         for row in [*timed[:show], *(row for row in timed[show:] if row["plan"] == "portable")]:
             named = row["plan"] if isinstance(row["plan"], str) else str(Plan(**row["plan"]))

@@ -72,9 +72,17 @@ KERNEL_LAW = {
 # The command line may ask which plans are remembered. The search for plans drives the tasks one by one.
 ASKERS = {"kernels.cache", "kernels.remembered"}
 DRIVER = "tune.problem"
-# Benchmarks and examples use public names; that of plans is the package's search over its cases, two time backends.
+# Benchmarks and examples use public names; those of plans drive the package's searches and kernels, two time backends.
 USER_LAW = {
     "plans.py": {"kernels.possible", "tune.compiling", "tune.find", "tune.problem", "tune.search"},
+    "native_plans.py": {
+        "kernels",
+        "kernels.gpu",
+        "kernels.native",
+        "kernels.native.launch",
+        "kernels.native.nvrtc",
+        "kernels.native.plan",
+    },
     "host.py": {"backends", "maps"},
     "first_call.py": {"backends"},
 }

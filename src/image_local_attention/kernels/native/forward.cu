@@ -87,11 +87,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
           for (int i = 0; i < CHUNK; i++) {
             const int pair = chunk * CHUNK + i;
             float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-            const Hidden hidden = hidden_of(seen_band, pair, l);
+            visibility.start(block, hidden_of(seen_band, pair, l));
             seen[i] = seen_of(halos.band(band), pair, l);
-            zero(block);
             add_scores(block, q, seen[i], 0, head);
-            visibility.hide(block, hidden);
           }
           softmax.raise(s, blocks, a.scale_log2, seen_band == 0 && chunk == 0);
           if (chunk == 0) halos.wait(band, Halos::SECOND);

@@ -73,12 +73,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
         const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS;
 #pragma unroll UNROLL
         for (int pair = 0; pair < PAIRS; pair++) {
-          const Hidden hidden = hidden_of(seen_band, pair, l);
           const Seen seen = seen_of(halos.band(band), pair, l);
           float p[2][4], dp[2][4];
-          zero(p);
+          visibility.start(p, hidden_of(seen_band, pair, l));
           add_scores(p, k, seen, 0, head);
-          visibility.hide(p, hidden);
           zero(dp);
           add_scores(dp, v, seen, BAND_ROOM, head);
 #pragma unroll

@@ -58,12 +58,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
       if (seen_band >= 0 && seen_band < SEEN_BANDS) {
 #pragma unroll UNROLL
         for (int pair = 0; pair < PAIRS; pair++) {
-          const Hidden hidden = hidden_of(seen_band, pair, l);
           const Seen seen = seen_of(halos.band(band), pair, l);
           float s[2][4], dp[2][4];
-          zero(s);
+          visibility.start(s, hidden_of(seen_band, pair, l));
           add_scores(s, q, seen, 0, head);
-          visibility.hide(s, hidden);
           zero(dp);
           add_scores(dp, g, seen, BAND_ROOM, head);
 #pragma unroll

@@ -124,8 +124,9 @@ class Compiled(NamedTuple):
 
     @property
     def source(self) -> str:
-        numbers = "half" if self.form.product == "half" else "single"
-        return "".join(map(_text, ("geometry.cuh", "copies.cuh", "visibility.cuh", f"{numbers}.cuh", f"{self.task}.cu")))
+        numbers = "half.cuh" if self.form.product == "half" else "single.cuh"
+        files = "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
+        return "".join(map(_text, files))
 
     @property
     def shared(self) -> int:

@@ -1,6 +1,6 @@
-// Visibility is a product of two small matrices, the last that is added to a score: a row of the first tells in which
-// column and in which row of the subtile a pixel lies, a column of the second has, for each of these, zero or HIDDEN. Its
-// operands are bfloat16, whatever maps are.
+// Visibility is a product of two small matrices, which starts the sum of a score instead of zero: a row of the first
+// tells in which column and in which row of the subtile a pixel lies, a column of the second has, for each of these,
+// zero or HIDDEN. Its operands are bfloat16, whatever maps are.
 constexpr u32 HIDDEN = 0xFE80;  // -2^126: what it is added to vanishes beside it, and two of them are finite
 constexpr u32 ONE = 0x3F80;
 constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
@@ -57,22 +57,22 @@ struct Visibility {
            (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
   }
 
-  // s += 0 where pixels meet, else HIDDEN or twice that
-  INLINE void hide(float (&s)[2][4], const Hidden& hidden) const {
-    hide_block(s[0], hidden.block[0]);
-    hide_block(s[1], hidden.block[1]);
+  // s = 0 where pixels meet, else HIDDEN or twice that
+  INLINE void start(float (&s)[2][4], const Hidden& hidden) const {
+    start_block(s[0], hidden.block[0]);
+    start_block(s[1], hidden.block[1]);
   }
 
-  INLINE void hide_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
+  INLINE void start_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
     if constexpr (WORDS == 1)
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(low[0]), "r"(high[0]), "r"(hidden[0]));
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+          : "r"(low[0]), "r"(high[0]), "r"(hidden[0]), "f"(0.0f));
     else
       asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%0, %1, %2, %3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          "{%10, %10, %10, %10};"
+          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
           : "r"(low[0]), "r"(high[0]), "r"(low[WORDS - 1]), "r"(high[WORDS - 1]), "r"(hidden[0]),
-            "r"(hidden[WORDS - 1]));
+            "r"(hidden[WORDS - 1]), "f"(0.0f));
   }
 };

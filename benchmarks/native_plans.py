@@ -33,7 +33,9 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
-STEPS = 1, 2, 4
+SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
+RESERVED = 1024  # bytes of shared memory that a block takes besides its own
+MOST_COPIED = 256  # rows or columns of a copy
 THREADS = 256, 384, 512, 768  # of a multiprocessor, which bound the registers of each
 SPILLED = 64  # bytes of a thread, at most
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -62,24 +64,28 @@ class Problem:
 
     def candidates(self) -> Iterator[Plan]:
         """Plans that fit into shared memory and whose blocks would share a multiprocessor."""
-        single, sized = self.form.element == 4, THREADS
+        case, single = self.case, self.form.element == 4
+        sized, steps = THREADS, (1, 2, 4)
         if single:  # by how many registers sums of so many channels take
-            sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(self.case.depth, (256, 384))
-        spills = self.form.product == "three-pass" and self.case.depth > 32 and self.task != "forward"
-        for tile, (band, slots), step, threads in itertools.product(TILES, BANDS, STEPS, sized):
+            sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
+            if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
+                sized, steps = (256,), (1,)
+        bands = BANDS if single or not self.form.planes else BANDS[:1]
+        for tile, (band, slots), step in itertools.product(TILES, bands, steps):
             for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
-                plan = Plan(tile, warps, max(1, threads // (32 * warps)), step, band=band, slots=slots)
-                group = plan.group(self.case.heads, self.case.depth, self.form)
-                held = shape(plan, self.kernel, self.kernel[1] // 2, self.form)
-                takes = shared(self.task, plan, group, self.case.depth, held, self.form) + 1024
-                if plan.band and self.form.planes and not single:
-                    continue
-                if 32 * warps * plan.resident != threads or not suits(plan, group, self.form):
-                    continue
-                if takes * plan.resident > limit() + 1024 or step > held.pairs or (band and held.bands == 1):
-                    continue
-                if max(held.band) <= 256 and not (spills and (step > 1 or threads > 256)) and not (single and step > 2):
-                    yield plan
+                shared_by = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
+                for resident in shared_by | ({1} if case.queries <= SMALL else set()):
+                    plan = Plan(tile, warps, resident, step, band=band, slots=slots)
+                    if self._fits(plan):
+                        yield plan
+
+    def _fits(self, plan: Plan) -> bool:
+        group = plan.group(self.case.heads, self.case.depth, self.form)
+        held = shape(plan, self.kernel, self.kernel[1] // 2, self.form)
+        takes = shared(self.task, plan, group, self.case.depth, held, self.form) + RESERVED
+        if takes * plan.resident > limit() + RESERVED or plan.step > held.pairs or max(held.band) > MOST_COPIED:
+            return False
+        return suits(plan, group, self.form) and not (plan.band and held.bands == 1)
 
 
 def limit() -> int:
@@ -104,18 +110,17 @@ def compile_plan(compiled: launch.Compiled) -> int | str:
 def runs_of(case: Case) -> dict[str, Callable]:
     """Functions that run a task and give its results. A backward task runs delta too, if it does not make it."""
     *inputs, grad_out = case.maps(DEVICE)
-    leaves = [x.requires_grad_() for x in inputs]
 
-    def attend() -> Tensor:
-        return local_attention(*leaves, case.kernel, heads=case.heads, scale=1.0, backend="triton")
+    def attend(*maps: Tensor) -> Tensor:
+        return local_attention(*maps, case.kernel, heads=case.heads, scale=1.0, backend="triton")
 
-    def gradients(*of: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, of, grad_out, retain_graph=True)
+    def gradients(*wanted: bool) -> Callable:
+        leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        out, of = attend(*leaves), [x for x in leaves if x.requires_grad]
+        return lambda: torch.autograd.grad(out, of, grad_out, retain_graph=True)
 
     with native.portable():
-        out = attend()
-    query, *others = leaves
-    runs = lambda: (attend().detach(),), lambda: gradients(query), lambda: gradients(*others)
+        runs = lambda: (attend(*inputs),), gradients(True, False, False), gradients(False, True, True)
     return dict(zip(TASKS, runs, strict=True))
 
 

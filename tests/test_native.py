@@ -14,7 +14,7 @@ import triton
 from conftest import CUDA
 from image_local_attention.kernels import gpu, native
 from image_local_attention.kernels import launch as launches
-from image_local_attention.kernels.native import launch, nvrtc, plan
+from image_local_attention.kernels.native import launch, nvrtc, plan, table
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 from image_local_attention.window import Window
@@ -26,14 +26,14 @@ SHARED = 227 * 1024
 needs_nvrtc = pytest.mark.skipif(NVRTC is None, reason="NVRTC is not installed")
 
 
-def heads_for(form: plan.Form, row: plan.Row) -> int:
+def heads_for(form: plan.Form, row: table.Row) -> int:
     """The most heads that share a block of this plan."""
     most = 1 if form.planes else max(1, row.plan.pixel_bytes // (form.element * row.depth))
     fitting = (heads for heads in (4, 2, 1) if heads <= most)
     return next(heads for heads in fitting if plan.suits(row.plan, row.plan.group(heads, row.depth, form), form))
 
 
-def compiled_for(task, form: plan.Form, row: plan.Row, kernel: tuple[int, int], dtype=None) -> launch.Compiled:
+def compiled_for(task, form: plan.Form, row: table.Row, kernel: tuple[int, int], dtype=None) -> launch.Compiled:
     group = row.plan.group(heads_for(form, row), row.depth, form)
     lead = kernel[0] // 2, kernel[1] // 2
     dtype = dtype or (torch.bfloat16 if form.product == "half" else torch.float32)
@@ -49,7 +49,7 @@ def row_name(job) -> str:
     )
 
 
-EVERY_ROW = pytest.mark.parametrize(("task", "form", "row"), plan.rows(), ids=map(row_name, plan.rows()))
+EVERY_ROW = pytest.mark.parametrize(("task", "form", "row"), table.rows(), ids=map(row_name, table.rows()))
 
 
 @needs_nvrtc
@@ -73,7 +73,7 @@ def test_windows_of_any_sides_compile(monkeypatch):
     tasks = ("forward", 16), ("grad_key_value", 32)
     for (task, depth), product, planes in itertools.product(tasks, ("half", "three-pass"), (False, True)):
         form = plan.Form(product, planes)
-        rows = [row for *of, row in plan.rows() if of == [task, form] and row.depth == depth]
+        rows = [row for *of, row in table.rows() if of == [task, form] and row.depth == depth]
         for kernel in (1, 2), (4, 7), (9, 2):
             row = next(row for row in rows if max(kernel) <= row.kernel)
             compiled = compiled_for(task, form, row, kernel)
@@ -106,10 +106,10 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def test_every_row_is_taken_by_what_it_names():
-    for task, form, row in plan.rows():
+    for task, form, row in table.rows():
         kernel = (row.kernel, row.kernel)
         heads = heads_for(form, row)
-        chosen = plan.choose(task, form, heads, row.depth, row.pixels, kernel, row.kernel // 2, SHARED)
+        chosen = table.choose(task, form, heads, row.depth, row.pixels, kernel, row.kernel // 2, SHARED)
         assert chosen is not None
         assert plan.suits(chosen, chosen.group(heads, row.depth, form), form)
 
@@ -119,20 +119,20 @@ HALF = plan.Form("half", False)
 
 def test_small_maps_have_plans_of_their_own():
     of = "forward", HALF, 2, 64
-    assert plan.choose(*of, 2**15, (7, 7), 3, SHARED).tile == (8, 16)
-    assert plan.choose(*of, 2**15 + 1, (7, 7), 3, SHARED).tile == (8, 8)
+    assert table.choose(*of, 2**15, (7, 7), 3, SHARED).tile == (8, 16)
+    assert table.choose(*of, 2**15 + 1, (7, 7), 3, SHARED).tile == (8, 8)
 
 
 def test_no_plan_asks_for_more_shared_memory_than_there_is():
     kernel = (7, 7)
-    assert plan.choose("forward", HALF, 1, 64, 2**20, kernel, 3, SHARED) is not None
-    assert plan.choose("forward", HALF, 1, 64, 2**20, kernel, 3, 16 * 1024) is None
+    assert table.choose("forward", HALF, 1, 64, 2**20, kernel, 3, SHARED) is not None
+    assert table.choose("forward", HALF, 1, 64, 2**20, kernel, 3, 16 * 1024) is None
 
 
 @pytest.mark.parametrize("kernel", range(1, 22))
 def test_channels_of_planes_of_floats_lie_in_different_banks(kernel):
     """A row of a fragment is 8 columns of one of 4 channels, whose bands are so many floats apart."""
-    for task, form, row in plan.rows():
+    for task, form, row in table.rows():
         if form.product != "half" and form.planes and row.plan.band in (0, 2):
             rows, cols = compiled_for(task, form, row, (kernel, kernel)).shape.band
             assert rows * cols % 16 == 8

@@ -125,14 +125,16 @@ struct Halos {
     const int read = number - 1, next = read + SLOTS;
     if (WHOLE || read < 0 || next >= BANDS || read % WARPS != l.warp) return;
     barrier_wait(barrier(read, READ), read / SLOTS);
-    if (l.lane == 0) fill(next);
+    if (l.lane == 0) {
+      before_copies();
+      fill(next);
+    }
     __syncwarp();
   }
 
   // After a band.
   INLINE void release(int number, const Lane& l) const {
     if (WHOLE) return;
-    before_copies();
     __syncwarp();
     if (l.lane == 0) barrier_arrive(barrier(number, READ));
   }

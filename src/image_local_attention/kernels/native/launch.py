@@ -18,7 +18,8 @@ from ..launch import MOST_PROGRAMS, Problem
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, strided_map, tensor_map
-from .plan import Form, Plan, Shape, box, choose, patterns, shape, shared
+from .plan import Form, Plan, Shape, box, patterns, shape, shared
+from .table import choose
 
 _ARCH = 90  # the first with tensor copies
 _DTYPES = torch.float16, torch.bfloat16, torch.float32

@@ -123,7 +123,7 @@ struct Kept {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         kept.of[step][i] = SPLIT_ONCE ? both.high[i] : x[i];
-        if (SPLIT_ONCE) kept.low[step][i] = both.low[i];
+        if (SPLIT_ONCE) kept.low[step][i] = both.low[i] + 0x1000 & 0xFFFFE000;  // to the nearest too, as it is done once
       }
     }
   }

@@ -1,0 +1,217 @@
+"""A short table of measured facts: which plan a task takes, and so what the native kernels serve.
+
+What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
+of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
+bands of two or four rows: tiles of 4 rows, for all warps then need the same bands, and as wide as registers let blocks
+be. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold less of it at once,
+are as fast for the widest windows; products in three passes of TF32 take so long that copies hide behind them.
+"""
+
+from typing import NamedTuple
+
+from .plan import Form, Plan, shape, shared, suits
+
+
+class Row(NamedTuple):
+    depth: int  # channels per head
+    kernel: int  # the larger side of the widest window
+    plan: Plan
+    pixels: int = 1 << 60  # of all images and heads, at most: few blocks are to share the multiprocessors evenly
+
+
+# Rows are read from the top, the first that is deep and wide enough and suits the heads is taken. A figure is
+# milliseconds of that kernel on an H200 when plans were tried, then those of Triton's for the same; delta is part of
+# grad_query, and of Triton's figure. A case without a figure: by analogy with planes. docs/performance.md has what
+# passes take.
+_TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
+    ("forward", "half", False): (
+        Row(16, 7, Plan((4, 8), 4, 5, 9)),  # 512-4x16-k5 0.052 : 0.095, k7 0.075 : 0.111
+        Row(16, 9, Plan((4, 8), 4, 4, 9)),  # 512-4x16-k9 0.086 : 0.127
+        Row(16, 9, Plan((8, 8), 4, 5, 9, 32)),  # 512-4x16-k7 0.082, k9 0.097
+        Row(16, 13, Plan((8, 8), 4, 5, 4, 32)),  # 512-4x16-k11 0.155 : 0.264, k13 0.145 : 0.257
+        Row(16, 21, Plan((8, 8), 4, 3, 6, 32)),  # 512-4x16-k21 0.299 : 0.371
+        Row(32, 5, Plan((8, 8), 8, 2, 4)),  # 512-2x32-k5 0.043
+        Row(32, 9, Plan((4, 8), 4, 4, 9)),  # 512-4x32-k9 0.123 : 0.160
+        Row(32, 7, Plan((8, 8), 4, 5, 9)),  # 2048-32-k7 0.381 : 0.502
+        Row(32, 9, Plan((8, 8), 4, 4, 9)),
+        Row(32, 13, Plan((8, 8), 8, 2, 4)),  # 512-2x32-k11 0.110 : 0.152, k13 0.104 : 0.151
+        Row(64, 5, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.039 : 0.050, 2048-64-k5 0.547 : 0.740
+        Row(64, 7, Plan((8, 16), 8, 2, 9), pixels=2**15),  # 4x64-2x64-k7 0.012 : 0.013
+        Row(64, 9, Plan((8, 8), 4, 3, 9)),  # 8x128-8x64-k7 0.181 : 0.221, k9 0.192 : 0.249
+        Row(64, 13, Plan((4, 16), 4, 3, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.286 : 0.349
+    ),
+    ("grad_query", "half", False): (
+        Row(16, 9, Plan((4, 8), 8, 2, 1)),  # 512-4x16-k5 0.065 : 0.129, k7 0.089 : 0.141, k9 0.109 : 0.154
+        Row(16, 9, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k9 0.108
+        Row(16, 13, Plan((8, 8), 4, 5, 4, 32)),  # 512-4x16-k11 0.137 : 0.247, k13 0.151 : 0.243
+        Row(16, 21, Plan((8, 16), 8, 2, 4, 32)),  # 512-4x16-k21 0.320 : 0.402
+        Row(32, 5, Plan((8, 8), 8, 2, 1)),  # 512-2x32-k5 0.060 : 0.092
+        Row(32, 11, Plan((8, 8), 8, 2, 4)),  # 512-4x32-k9 0.166 : 0.212, 2x32-k11 0.108 : 0.187
+        Row(32, 7, Plan((8, 8), 4, 5, 4)),  # 2048-32-k7 0.495 : 0.683
+        Row(32, 13, Plan((4, 8), 4, 2, 4)),  # 512-2x32-k13 0.147 : 0.186
+        Row(64, 3, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.057 : 0.075
+        Row(64, 5, Plan((8, 16), 8, 2, 4)),  # 2048-64-k5 0.763 : 1.07
+        Row(64, 7, Plan((8, 8), 4, 3, 4)),
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.386 : 0.438
+    ),
+    ("grad_key_value", "half", False): (
+        Row(16, 5, Plan((8, 16), 8, 2, 1, 32)),  # 512-4x16-k5 0.090 : 0.140
+        Row(16, 9, Plan((8, 8), 4, 4, 1, 32)),  # 512-4x16-k7 0.127 : 0.159, k9 0.142 : 0.188
+        Row(16, 11, Plan((8, 8), 4, 4, 2, 32)),  # 512-4x16-k11 0.190 : 0.305
+        Row(16, 13, Plan((8, 16), 8, 2, 4, 32)),  # 512-4x16-k13 0.207 : 0.310
+        Row(16, 21, Plan((8, 16), 8, 1, 2, 32)),  # 512-4x16-k21 0.437 : 0.511
+        Row(32, 5, Plan((8, 8), 8, 2, 4)),  # 512-2x32-k5 0.078 : 0.104
+        Row(32, 9, Plan((8, 8), 8, 2, 1)),  # 512-4x32-k9 0.233 : 0.254
+        Row(32, 7, Plan((8, 8), 4, 4, 1)),  # 2048-32-k7 0.760 : 0.835
+        Row(32, 11, Plan((8, 8), 8, 2, 2)),  # 512-2x32-k11 0.170 : 0.243
+        Row(32, 13, Plan((16, 8), 16, 1, 2)),  # 512-2x32-k13 0.195 : 0.250
+        Row(64, 3, Plan((8, 8), 4, 4, 4)),  # 512-64-k3 0.065 : 0.085
+        Row(64, 5, Plan((8, 16), 8, 2, 4)),  # 2048-64-k5 0.929 : 1.29
+        Row(64, 7, Plan((8, 8), 4, 3, 1)),  # 8x128-8x64-k7 0.328 : 0.430
+        Row(64, 11, Plan((8, 8), 4, 2, 4)),  # 8x128-8x64-k9 0.392 : 0.484, 512-64-k11 0.163 : 0.209
+        Row(64, 13, Plan((4, 16), 4, 3, 2, band=2, slots=3)),  # 8x128-8x64-k13 0.580 : 0.768
+        Row(64, 21, Plan((4, 16), 4, 2, 4, band=4, slots=2)),  # 512-64-k21 0.303 : 0.345
+    ),
+    ("forward", "half", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 6)),  # 512-4x16-k7 0.144 : 0.154
+        Row(16, 13, Plan((8, 8), 4, 5, 4)),  # 512-4x16-k13 0.213 : 0.342
+        Row(32, 7, Plan((4, 32), 8, 2, 6)),  # 2048-32-k7 0.764 : 0.949
+        Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 512-4x32-k9 0.242 : 0.284
+        Row(32, 13, Plan((8, 16), 8, 2, 6)),  # 512-2x32-k13 0.162 : 0.181
+        Row(64, 5, Plan((16, 16), 16, 1, 9)),  # 2048-64-k5 1.44 : 1.77
+    ),
+    ("grad_query", "half", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.136 : 0.207
+        Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 512-4x16-k13 0.207 : 0.278
+        Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 2048-32-k7 1.02 : 1.13, 512-4x32-k9 0.308 : 0.322
+    ),
+    ("grad_key_value", "half", True): (
+        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.199 : 0.213
+        Row(16, 13, Plan((16, 8), 8, 2, 2)),  # 512-4x16-k13 0.288 : 0.329
+        # 2048-32-k7 1.29 : 1.77, 512-4x32-k9 0.359 : 0.552, 512-2x32-k13 0.255 : 0.346
+        Row(32, 13, Plan((8, 16), 8, 2, 4)),
+    ),
+    ("grad_query", "tf32", False): (
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.135 : 0.144
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.240 : 0.269
+    ),
+    ("grad_key_value", "tf32", False): (
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.179 : 0.188
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.317 : 0.436
+    ),
+    ("forward", "tf32", True): (
+        Row(64, 7, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 512-64-k5 0.144 : 0.171
+        Row(64, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.213 : 0.255
+    ),
+    ("grad_query", "tf32", True): (
+        Row(64, 7, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 512-64-k5 0.208 : 0.270
+        Row(64, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.292 : 0.441
+    ),
+    ("grad_key_value", "tf32", True): (
+        Row(64, 7, Plan((4, 32), 8, 1, 1)),  # 512-64-k5 0.280 : 0.371
+        Row(64, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 512-64-k11 0.407 : 0.533
+    ),
+    ("forward", "three-pass", False): (
+        Row(32, 21, Plan((4, 8), 2, 1, 2, band=4, slots=2), pixels=2**13),
+        Row(64, 21, Plan((4, 8), 2, 1, 2, band=4, slots=2), pixels=2**13),
+        Row(16, 13, Plan((4, 16), 4, 4, 2, 64, band=2, slots=3)),  # 512-16-k11 0.101 : 0.119
+        Row(16, 21, Plan((4, 16), 4, 4, 2, 64, band=4, slots=2)),
+        Row(32, 7, Plan((4, 32), 8, 2, 2)),
+        Row(32, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),
+        Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.114 : 0.128
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.300 : 0.344
+        Row(64, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-64-k21 0.053 : 0.061
+    ),
+    ("grad_query", "three-pass", False): (
+        Row(32, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(64, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(16, 13, Plan((4, 16), 4, 3, 2)),  # 512-16-k11 0.128 : 0.161
+        Row(16, 21, Plan((4, 16), 4, 3, 2, 64, band=4, slots=2)),
+        Row(32, 7, Plan((8, 16), 8, 1, 1)),
+        Row(32, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),
+        Row(64, 7, Plan((4, 8), 2, 4, 1)),  # 512-64-k5 0.192 : 0.207
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.485 : 0.510
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=4, slots=2)),  # 128-64-k21 0.076 : 0.088
+    ),
+    ("grad_key_value", "three-pass", False): (
+        Row(32, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(64, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(16, 13, Plan((4, 16), 4, 4, 1)),  # 512-16-k11 0.170 : 0.228
+        Row(16, 21, Plan((4, 16), 4, 3, 1, 64, band=2, slots=3)),
+        Row(32, 7, Plan((4, 16), 4, 2, 2)),
+        Row(32, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=2, slots=3)),
+        Row(64, 7, Plan((4, 16), 4, 2, 1)),  # 512-64-k5 0.257 : 0.293
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.650 : 0.773
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.105 : 0.129
+    ),
+    ("forward", "three-pass", True): (
+        Row(32, 21, Plan((4, 8), 2, 1, 2, band=4, slots=2), pixels=2**13),
+        Row(
+            64, 21, Plan((4, 8), 2, 1, 2, band=4, slots=2), pixels=2**13
+        ),  # 32-64-k5 0.0089 : 0.0118, k21 0.038 : 0.056, 64-64-k21 0.040 : 0.059
+        Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 128-16-k5 0.0081 : 0.0101, k11 0.013 : 0.016, 512-16-k11 0.100 : 0.218
+        Row(16, 21, Plan((4, 16), 4, 4, 2, band=4, slots=2)),  # 128-16-k21 0.024 : 0.035
+        Row(32, 7, Plan((4, 32), 8, 2, 2)),  # 128-32-k5 0.011 : 0.015
+        Row(32, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 128-32-k11 0.018 : 0.023
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-32-k21 0.035 : 0.057
+        Row(64, 7, Plan((4, 32), 8, 1, 2), pixels=2**15),  # 128-64-k5 0.017 : 0.025
+        Row(64, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3), pixels=2**15),  # 128-64-k11 0.030 : 0.041
+        Row(64, 7, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k5 0.180 : 0.283
+        Row(64, 13, Plan((4, 16), 4, 2, 2, band=2, slots=3)),  # 512-64-k11 0.345 : 0.552
+        Row(64, 21, Plan((4, 32), 8, 1, 2, band=4, slots=2)),  # 128-64-k21 0.060 : 0.118
+    ),
+    ("grad_query", "three-pass", True): (
+        Row(32, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(
+            64, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13
+        ),  # 32-64-k5 0.013 : 0.017, k21 0.051 : 0.059, 64-64-k21 0.055 : 0.071
+        Row(16, 7, Plan((4, 32), 8, 2, 2)),  # 128-16-k5 0.0094 : 0.0153
+        Row(16, 13, Plan((8, 8), 4, 3, 2)),  # 128-16-k11 0.015 : 0.022, 512-16-k11 0.127 : 0.191
+        Row(16, 21, Plan((4, 16), 4, 3, 2, band=4, slots=2)),  # 128-16-k21 0.028 : 0.050
+        Row(32, 7, Plan((8, 16), 8, 1, 1)),  # 128-32-k5 0.014 : 0.023
+        Row(32, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 128-32-k11 0.023 : 0.033
+        Row(32, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-32-k21 0.044 : 0.077
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k5 0.250 : 0.400, k11 0.539 : 0.745
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.083 : 0.130
+    ),
+    ("grad_key_value", "three-pass", True): (
+        Row(32, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13),
+        Row(
+            64, 21, Plan((4, 8), 2, 1, 1, band=4, slots=2), pixels=2**13
+        ),  # 32-64-k5 0.020 : 0.017, k21 0.072 : 0.070, 64-64-k21 0.075 : 0.088
+        # 128-16-k5 0.015 : 0.019, k11 0.022 : 0.028, 512-16-k11 0.182 : 0.290
+        Row(16, 13, Plan((4, 32), 8, 2, 1)),
+        Row(16, 21, Plan((4, 16), 4, 3, 1, band=2, slots=3)),  # 128-16-k21 0.040 : 0.067
+        Row(32, 7, Plan((4, 16), 4, 2, 2)),  # 128-32-k5 0.022 : 0.027
+        Row(32, 13, Plan((8, 16), 8, 1, 2, band=2, slots=3)),  # 128-32-k11 0.033 : 0.044
+        Row(32, 21, Plan((4, 32), 8, 1, 2, band=2, slots=3)),  # 128-32-k21 0.062 : 0.097
+        Row(64, 7, Plan((4, 32), 8, 1, 1)),  # 512-64-k5 0.343 : 0.508
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),  # 512-64-k11 0.704 : 0.930
+        Row(64, 21, Plan((8, 16), 8, 1, 1, band=2, slots=3)),  # 128-64-k21 0.114 : 0.180
+    ),
+}
+
+
+def rows() -> list[tuple[str, Form, Row]]:
+    """Every row with its task and the form of its maps."""
+    return [(task, Form(product, planes), row) for (task, product, planes), table in _TABLE.items() for row in table]
+
+
+def choose(
+    task: str, form: Form, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
+) -> Plan | None:
+    """The plan of "forward", "grad_query" or "grad_key_value"; None where the task is not served.
+
+    depth: channels per head. pixels: of all images and heads. kernel: (height, width) of the window. lead: columns from
+    the first that a kept pixel sees to its own. limit: bytes of shared memory that a block may take.
+    """
+    rows = _TABLE.get((task, *form), ())
+    fitting = (row for row in rows if row.depth == depth and max(kernel) <= row.kernel and pixels <= row.pixels)
+    for plan in (row.plan for row in fitting):
+        group, held = plan.group(heads, depth, form), shape(plan, kernel, lead, form)
+        if suits(plan, group, form) and shared(task, plan, group, depth, held, form) <= limit:
+            return plan
+    return None

@@ -1,11 +1,5 @@
 // Copies of tiles and halos between maps and shared memory, and the barriers that tell of them.
 
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-
-INLINE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
 // Where shared memory begins; a swizzle's pattern begins there too.
 INLINE u32 shared_start(const void* raw) {
   const u32 start = shared_address(raw);
@@ -13,58 +7,15 @@ INLINE u32 shared_start(const void* raw) {
   return start;
 }
 
-INLINE void barrier_init(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-INLINE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-INLINE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives, for so many bytes to follow.
-INLINE void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-INLINE void barrier_expect_more(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Waits for all that the barrier expects of its use number `use`.
-INLINE void barrier_wait(u32 barrier, int use) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(use & 1)
-      : "memory");
-}
-
 // Copies the box that begins at (channel, x, y, image); what lies outside of the map is zero.
 INLINE void copy_in(u32 to, const TensorMap& map, u32 barrier, int channel, int x, int y, int image) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(to), "l"(&map), "r"(barrier), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y),
-      "r"(image)
-      : "memory");
+  copy_box_in(to, map, barrier, PLANES ? x : channel, PLANES ? y : x, PLANES ? channel : y, image);
 }
 
 // Writes a tile that all threads have written to shared memory; what lies outside of the map is left out.
 INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, int image) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
-      "cp.async.bulk.commit_group;"
-      ::"l"(&map), "r"(from), "r"(PLANES ? x : channel), "r"(PLANES ? y : x), "r"(PLANES ? channel : y), "r"(image)
-      : "memory");
+  copy_box_out(from, map, PLANES ? x : channel, PLANES ? y : x, PLANES ? channel : y, image);
 }
-
-// Of ordinary reads and writes of shared memory, before a copy overwrites what was read or reads what was written. A
-// barrier alone does not keep a copy from overtaking loads that are still under way.
-INLINE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
 INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }

@@ -14,11 +14,6 @@
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define INLINE __device__ __forceinline__
-
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 [[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
@@ -93,12 +88,6 @@ struct Rows {
     low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
   }
 };
-
-INLINE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The sum, and the maximum, over the four lanes that share a row.
 INLINE float sum_of_row(float x) {

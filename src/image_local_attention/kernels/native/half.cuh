@@ -31,52 +31,7 @@ INLINE u32 at_step(u32 address, int step) {
   return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
 }
 
-// Four 8x8 matrices whose rows lie at the lanes' addresses; `ACROSS` are transposed.
-template <bool ACROSS>
-INLINE void load_fragments(u32 (&r)[4], u32 address) {
-  if (ACROSS)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-
-INLINE void store_fragments(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  if (PLANES)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
-                 "r"(b), "r"(c), "r"(d)
-                 : "memory");
-  else
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
-}
-
-// c += a b, of 16 rows, 16 channels or keys and 8 columns
-INLINE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Two floats rounded to halves, the first in the lower bits.
-INLINE u32 pack(float low, float high) {
-  u32 packed;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#endif
-  return packed;
-}
+INLINE u32 pack(float low, float high) { return pack_halves<BF16>(low, high); }
 
 INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
   packed.of[0] = pack(p[0][0], p[0][1]), packed.of[1] = pack(p[0][2], p[0][3]);
@@ -86,13 +41,8 @@ INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
 // The product of two pairs of halves: of the first ones plus of the second ones.
 INLINE float product_of_two(u32 a, u32 b) {
   float a0, a1, b0, b1;
-#if BF16
-  a0 = __uint_as_float(a << 16), a1 = __uint_as_float(a & 0xFFFF0000);
-  b0 = __uint_as_float(b << 16), b1 = __uint_as_float(b & 0xFFFF0000);
-#else
-  asm("{.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;}" : "=f"(a0), "=f"(a1) : "r"(a));
-  asm("{.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;}" : "=f"(b0), "=f"(b1) : "r"(b));
-#endif
+  unpack_halves<BF16>(a0, a1, a);
+  unpack_halves<BF16>(b0, b1, b);
   return fmaf(a0, b0, a1 * b1);
 }
 
@@ -123,7 +73,7 @@ struct Kept {
   INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      load_fragments<PLANES>(kept.of[step], at_step<TILE_PIXELS>(row, head * STEPS + step));
+      load_matrices<PLANES>(kept.of[step], at_step<TILE_PIXELS>(row, head * STEPS + step));
 #pragma unroll
       for (int i = 0; i < 4; i++) kept.of[step][i] ^= flip;
     }
@@ -135,7 +85,7 @@ struct Kept {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 mine[4];
-      load_fragments<PLANES>(mine, at_step<TILE_PIXELS>(row, head * STEPS + step));
+      load_matrices<PLANES>(mine, at_step<TILE_PIXELS>(row, head * STEPS + step));
       low += product_of_two(other.of[step][0], mine[0]) + product_of_two(other.of[step][2], mine[2]);
       high += product_of_two(other.of[step][1], mine[1]) + product_of_two(other.of[step][3], mine[3]);
     }
@@ -147,7 +97,7 @@ struct Kept {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
-      store_fragments(at_step<TILE_PIXELS>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
+      store_matrices<PLANES>(at_step<TILE_PIXELS>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
                       pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
     }
   }
@@ -174,9 +124,9 @@ INLINE void add_scores(float (&s)[2][4], const Fragments& kept, Seen seen, u32 m
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments<PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
-    multiply(s[0], kept.of[step], r[0], r[2]);
-    multiply(s[1], kept.of[step], r[1], r[3]);
+    load_matrices<PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    multiply_halves<BF16>(s[0], kept.of[step], r[0], r[2]);
+    multiply_halves<BF16>(s[1], kept.of[step], r[1], r[3]);
   }
 }
 
@@ -185,8 +135,8 @@ INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, Seen see
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_fragments<!PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
-    multiply(sum[2 * step], weights.of, r[0], r[1]);
-    multiply(sum[2 * step + 1], weights.of, r[2], r[3]);
+    load_matrices<!PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    multiply_halves<BF16>(sum[2 * step], weights.of, r[0], r[1]);
+    multiply_halves<BF16>(sum[2 * step + 1], weights.of, r[2], r[3]);
   }
 }

@@ -126,7 +126,7 @@ class Compiled(NamedTuple):
     @property
     def source(self) -> str:
         numbers = "half.cuh" if self.form.product == "half" else "single.cuh"
-        files = "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
+        files = "instructions.cuh", "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
         return "".join(map(_text, files))
 
     @property

@@ -17,12 +17,8 @@ INLINE void split(u32& high, u32& low, u32 x) {
   low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
 }
 
-// The same, but whenever it is asked for: compilers do not hold the results in registers.
-INLINE void split_anew(u32& high, u32& low, u32 x) {
-  asm volatile("{.reg .b32 x;\nadd.u32 x, %2, 0x1000;\nand.b32 %0, x, 0xFFFFE000;\nsub.f32 %1, %2, %0;\n}"
-               : "=r"(high), "=r"(low)
-               : "r"(x));
-}
+// The same, but whenever it is asked for.
+INLINE void split_anew(u32& high, u32& low, u32 x) { split(high, low, anew(x)); }
 
 template <int N>
 struct Operand {
@@ -62,22 +58,14 @@ struct Weights {  // of 16 pixels, the rows, and two blocks of 8 that are seen
   Operand<4> of[2];
 };
 
-// c += a b in one pass, of 16 rows, 8 channels or keys and 8 columns
-INLINE void multiply_once(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// The same with b's registers `i` and `j`; products of a high and a low part go to `rest`, which may be `c`.
+// c += a b with b's registers `i` and `j`; products of a high and a low part go to `rest`, which may be `c`.
 template <int N>
 INLINE void multiply(float (&c)[4], float (&rest)[4], const Operand<4>& a, const Operand<N>& b, int i, int j) {
   if (EXACT) {
-    multiply_once(rest, a.low, b.high[i], b.high[j]);
-    multiply_once(rest, a.high, b.low[i], b.low[j]);
+    multiply_floats(rest, a.low, b.high[i], b.high[j]);
+    multiply_floats(rest, a.high, b.low[i], b.low[j]);
   }
-  multiply_once(c, a.high, b.high[i], b.high[j]);
+  multiply_floats(c, a.high, b.high[i], b.high[j]);
 }
 
 // A row of weights has an even column as number t of the products' inner axis, and the odd one after it as number t + 4:
@@ -210,18 +198,6 @@ INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
   return seen;
 }
 
-INLINE void load(u32 (&x)[1], u32 address) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[0]) : "r"(address)); }
-
-INLINE void load(u32 (&x)[2], u32 address) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
-}
-
-INLINE void load(u32 (&x)[4], u32 address) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
-}
-
 // Of 8 channels: the first 4 of both blocks, then the others.
 INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int step) {
   if constexpr (PLANES) {
@@ -231,9 +207,7 @@ INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int st
   } else {
     const int number = head * STEPS + step;
     const u32 address = (seen.scored[0] ^ number % 4 * 32) + map + number / 4 * PART_ROOM;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
+    load_matrices<false>(r, address);
   }
 }
 

@@ -64,15 +64,12 @@ struct Visibility {
   }
 
   INLINE void start_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
-    if constexpr (WORDS == 1)
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-          : "r"(low[0]), "r"(high[0]), "r"(hidden[0]), "f"(0.0f));
-    else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%10, %10, %10, %10};"
-          : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-          : "r"(low[0]), "r"(high[0]), "r"(low[WORDS - 1]), "r"(high[WORDS - 1]), "r"(hidden[0]),
-            "r"(hidden[WORDS - 1]), "f"(0.0f));
+    if constexpr (WORDS == 1) {
+      product_of_halves(c, low[0], high[0], hidden[0]);
+    } else {
+      const u32 places[4] = {low[0], high[0], low[WORDS - 1], high[WORDS - 1]};
+      c[0] = c[1] = c[2] = c[3] = 0.0f;
+      multiply_halves<true>(c, places, hidden[0], hidden[WORDS - 1]);
+    }
   }
 };

@@ -1,7 +1,8 @@
 // Maps of floats: fragments and their products in TF32, in one pass or in three, and kept pixels read where they lie.
 //
 // A pass takes the upper 11 bits of a number. Three of them split a number into these, `high`, and the rest, `low`, and
-// leave out the product of the rests: products are as exact as those of fp32.
+// leave out the product of the rests: products are as exact as those of fp32. Kept and seen numbers are split alike, for
+// gradients to meet the very logits that the log-sum-exp was made of: large ones are known to a part of them only.
 
 constexpr bool EXACT = PASSES == 3;
 // Kept fragments are split once where registers hold both parts, else whenever they are multiplied.
@@ -111,7 +112,7 @@ struct Kept {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         kept.of[step][i] = SPLIT_ONCE ? both.high[i] : x[i];
-        if (SPLIT_ONCE) kept.low[step][i] = both.low[i] + 0x1000 & 0xFFFFE000;  // to the nearest too, as it is done once
+        if (SPLIT_ONCE) kept.low[step][i] = both.low[i];
       }
     }
   }

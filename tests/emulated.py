@@ -1,0 +1,94 @@
+"""Native kernels on a CPU: compiled by a C++ compiler with `emulator.h` for the GPU's instructions."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from image_local_attention.kernels.gpu import Gpu
+from image_local_attention.kernels.native import launch
+
+COMPILER = shutil.which("g++")
+HEADER = Path(__file__).parent / "emulator.h"
+FLAGS = "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"
+ALIGNMENT = 64
+SHARED = 227 * 1024
+RUN = """
+extern "C" void run(const Arguments* a, const int* grid, int late) {
+  emulator::launch(grid, WARPS * 32, late, [=] { KERNEL(*a); });
+}
+"""
+
+
+class Kernel:
+    """Stands for a kernel of a cubin. late: copies are done when they are waited for."""
+
+    def __init__(self, library: ctypes.CDLL, late: bool) -> None:
+        self._run, self._late = library.run, late
+
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
+        held = ctypes.create_string_buffer(len(arguments) + ALIGNMENT)
+        start = -ctypes.addressof(held) % ALIGNMENT
+        held[start : start + len(arguments)] = arguments
+        self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late))
+
+
+@functools.cache
+def library(compiled: launch.Compiled) -> ctypes.CDLL:
+    source = compiled.source.split("// What a program keeps", 1)[1]  # without the instructions
+    macros = [option.replace("--define-macro=", "-D") for option in compiled.options if "define" in option]
+    text = HEADER.read_text() + "// What a program keeps" + source + RUN.replace("KERNEL", compiled.task)
+    folder = Path(tempfile.gettempdir()) / "image-local-attention-emulated"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so") as file:
+            subprocess.run([COMPILER, *FLAGS, *macros, "-o", file.name, "-"], input=text, text=True, check=True)
+            shutil.copy(file.name, path.with_suffix(f".{Path(file.name).stem}"))
+            path.with_suffix(f".{Path(file.name).stem}").replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
+    """As `emulator.h` reads it."""
+    batch, heads, h, w, depth = x.shape
+    element = x.element_size()
+    sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
+    steps = (x.stride(axis) * element for axis in ((2, 4, 0) if planes else (3, 2, 0)))
+    return struct.pack("<13Q24x", x.data_ptr(), element, pattern, *sizes, *steps, *box)
+
+
+@contextlib.contextmanager
+def emulated(late: bool) -> Iterator[list[str]]:
+    """Within, native kernels run on a CPU; gives the tasks that do."""
+    tasks = []
+
+    def loaded(compiled: launch.Compiled, device: object) -> Kernel:
+        tasks.append(compiled.task)
+        return Kernel(library(compiled), late)
+
+    stand_ins = {
+        "_loaded": loaded,
+        "tensor_map": tensor_map,
+        "_available": lambda device: True,
+        "_shared_limit": lambda device: SHARED,
+        "gpus": SimpleNamespace(of=lambda device: Gpu(90, True)),
+    }
+    launch._native.cache_clear()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()))
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch.object(launch, name, stand_in))
+        yield tasks
+    launch._native.cache_clear()

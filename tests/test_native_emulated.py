@@ -1,0 +1,67 @@
+"""The native kernels on a CPU, by `emulated`: one plan of each kind and random problems, each within its budget."""
+
+import pytest
+import torch
+
+from conftest import CUDA, Target
+from emulated import COMPILER, emulated
+from image_local_attention.kernels import native
+from image_local_attention.kernels.native import table
+from problems import for_each
+from test_accuracy import ATTENTION, check
+from test_native import heads_for, row_name
+from test_native_gpu import DTYPES, FP32, check_tf32, problem, served_problems
+
+pytestmark = [
+    pytest.mark.skipif(CUDA, reason="the GPU runs the kernels themselves"),
+    pytest.mark.skipif(COMPILER is None, reason="there is no g++"),
+]
+TRITON = Target("triton", "cpu")
+TASKS = {"forward", "grad_query", "grad_key_value"}
+
+
+def kinds() -> list:
+    """A row of the table for each task, form, way to hold the halo, and heads of a block."""
+    found = {}
+    for task, form, row in table.rows():
+        group = row.plan.group(heads_for(form, row), row.depth, form)
+        found.setdefault((task, form, row.plan.band, row.plan.slots, group), (task, form, row))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("job", kinds(), ids=map(row_name, kinds()))
+def test_plans_are_within_their_budgets(job, late):
+    """On a map of several tiles each way and a remainder."""
+    task, form, row = job
+    heads, layout = heads_for(form, row), "contiguous" if form.planes else "channels_last"
+    each = problem(heads, row.depth, (11, 24 if form.planes else 19), (6, 5), layouts=(layout,) * 4)
+    judge = check_tf32 if form.product == "tf32" else check
+    with native.using(task, row.plan), emulated(late) as ran:
+        judge(ATTENTION, each, TRITON, torch.bfloat16 if form.product == "half" else FP32)
+    assert task in ran
+
+
+@pytest.mark.hunt
+@DTYPES
+def test_random_problems(dtype):
+    with emulated(late=False) as ran:
+        for_each(served_problems(dtype), 5, f"emulated {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
+    assert set(ran) == TASKS
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_gradients_of_large_logits(layout):
+    """A forward and the gradients agree on logits, to more than what these are known to."""
+    each = problem(2, 32, (9, 16), (5, 5), spread=10.0, layouts=(layout,) * 4)
+    with emulated(late=False) as ran:
+        check(ATTENTION, each, TRITON, FP32)
+    assert set(ran) == TASKS
+
+
+@pytest.mark.parametrize("scale", [1e-6, 2.0**50, -0.7])
+def test_scales(scale):
+    with emulated(late=False) as ran:
+        for dtype in torch.bfloat16, FP32:
+            check(ATTENTION, problem(2, 16, (5, 9), (3, 5), scale=scale), TRITON, dtype)
+    assert set(ran) == TASKS

@@ -1,5 +1,5 @@
 // What `instructions.cuh` and CUDA provide, on a CPU: blocks run one after the other, a block's threads in turns, each
-// until it waits for others. Shared memory begins at address 0 and is full of NaN.
+// until it waits for others, and warps for turns of random lengths. Shared memory begins at address 0 and is full of NaN.
 //
 // Copies are done at once, so that one which overwrites what others still read is seen, or late, when somebody waits for
 // them, so that what is read without waiting is seen. Operands of TF32 are cut off as on a GPU, but sums are rounded.
@@ -66,6 +66,7 @@ static_assert(sizeof(TensorMap) == 128, "");
 namespace emulator {
 
 constexpr int LANES = 32, STACK = 64 * 1024;
+constexpr int LONGEST = 400;  // turn of a warp, in steps between what its lanes do together
 
 struct Thread {
   ucontext_t context;
@@ -392,6 +393,13 @@ inline void enter() {
   alive--, turns = 0;
 }
 
+// The same numbers every time, below `end`.
+inline int random(int end) {
+  static u64 state = 1;
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return int((state >> 33) % end);
+}
+
 // Runs a kernel: `run` is what every thread does.
 inline void launch(const int* grid, int count, bool copies_late, std::function<void()> run) {
   body = run, late = copies_late;
@@ -412,12 +420,19 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
           makecontext(&thread.context, enter, 0);
           thread.done = false;
         }
-        while (alive)
-          for (current = 0; current < count; current++)
-            if (!threads[current].done) {
-              threadIdx.x = current;
-              swapcontext(&scheduler, &threads[current].context);
-            }
+        while (alive) {
+          const int warp = random(count / LANES);
+          int rounds = random(LONGEST);
+          u64 before;
+          do {
+            before = turns;
+            for (current = warp * LANES; current < (warp + 1) * LANES; current++)
+              if (!threads[current].done) {
+                threadIdx.x = current;
+                swapcontext(&scheduler, &threads[current].context);
+              }
+          } while (rounds-- > 0 && turns < before + LANES);  // until it waits for others
+        }
         if (!under_way.empty()) fprintf(stderr, "a block ends before its copies\n"), std::abort();
       }
 }

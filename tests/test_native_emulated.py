@@ -21,11 +21,12 @@ TASKS = {"forward", "grad_query", "grad_key_value"}
 
 
 def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo, and heads of a block."""
+    """A row of the table for each task, form, way to hold the halo, heads of a block, and tiles of few rows or more."""
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(form, row), row.depth, form)
-        found.setdefault((task, form, row.plan.band, row.plan.slots, group), (task, form, row))
+        kind = task, form, row.plan.band, row.plan.slots, group, row.plan.tile[0] > 4
+        found.setdefault(kind, (task, form, row))
     return list(found.values())
 
 

@@ -36,6 +36,10 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n".join(filter(None, (*parts, floors(ours))))
 
 
+def _compared_exactly(row: Row) -> bool:
+    return row.sketch_ms is not None and "fp32-ieee" in row.case
+
+
 def layouts_table(rows: Sequence[Row], group: str) -> str:
     ours = {(row.case, row.mode): row for row in rows}
     cases = sorted({case.rsplit(" ", 1)[0] for case, _ in ours})
@@ -58,6 +62,8 @@ def layouts_table(rows: Sequence[Row], group: str) -> str:
         speed = [row.sketch_ms / row.ms_p50 for row in ours.values() if row.mode == mode and row.sketch_ms]
         ratio = [ours[f"{case} nchw", mode].ms_p50 / ours[f"{case} channels_last", mode].ms_p50 for case in cases]
         against = f"{_mean(speed):.2f} times the sketch's speed (slowest case {min(speed):.2f}); " if speed else ""
+        exact = [row.sketch_ms / row.ms_p50 for row in ours.values() if row.mode == mode and _compared_exactly(row)]
+        against += f"{_mean(exact):.2f} times in exact fp32; " if exact else ""
         lines.append(
             f"\nGeometric means, {group}, {mode}: {against}"
             f"NCHW takes {_mean(ratio):.2f} times as long as channels_last (at most {max(ratio):.2f})."

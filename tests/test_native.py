@@ -1,10 +1,12 @@
 """The native kernels without a GPU: what they serve, and what they are compiled to."""
 
+import importlib
 import itertools
 import re
 import struct
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,20 @@ def test_every_plan_compiles_and_keeps_its_registers(task, form, row, monkeypatc
         assert cubin
         if arch == 90:  # where plans were measured
             assert resources(cubin)["STACK"] <= 64
+
+
+def test_the_search_tries_what_the_table_has(monkeypatch):
+    """Plans of the table are among those that `benchmarks.native_plans` times; it has no more tiles than these take."""
+    search = importlib.import_module("benchmarks.native_plans")
+    monkeypatch.setattr(search, "limit", lambda: SHARED)
+    monkeypatch.setattr(search.gpus, "of", lambda device: gpu.Gpu(90, True))
+    cases = [case for case in search.GROUPS["design"] if case.dtype == "fp32"]
+    for case, task in itertools.product(cases, search.TASKS):
+        problem, lead = search.Problem(case, task), case.kernel // 2
+        chosen = table.choose(task, problem.form, 1, case.depth, case.queries, problem.kernel, lead, SHARED)
+        candidates = [replace(each, pixel_bytes=128) for each in problem.candidates()]
+        assert chosen is None or replace(chosen, pixel_bytes=128) in candidates
+        assert len(set(candidates)) == len(candidates)
 
 
 @needs_nvrtc

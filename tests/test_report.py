@@ -135,6 +135,23 @@ def test_shares_of_the_floor_are_of_large_cases_in_half_precision_and_tf32():
     assert report.floors(left_out) == ""
 
 
+def test_the_sketch_is_compared_in_all_cases_and_in_exact_fp32():
+    sketched = [case for case in GROUPS["design"] if case.height == 512 and case.depth == 64 and case.kernel == 11]
+    assert {case.precision for case in sketched} == {"ieee", "tf32"}
+    speeds = {("ieee", "channels_last"): 4.0, ("tf32", "channels_last"): 1.0}
+    rows = [
+        row(case, l2="cold", mode=mode, sketch_ms=2.0 * speeds[case.precision, case.layout])
+        if (case.precision, case.layout) in speeds
+        else row(case, l2="cold", mode=mode)
+        for case in sketched
+        for mode in report.PASSES
+    ]
+    told = [line for line in report.layouts_table(rows, "design").splitlines() if "Geometric" in line]
+    assert len(told) == len(report.PASSES)
+    wanted = "2.00 times the sketch's speed (slowest case 1.00); 4.00 times in exact fp32; NCHW takes 1.00 times"
+    assert all(wanted in line for line in told)
+
+
 def test_every_figure_with_a_limit_has_a_place():
     shown = [figure.name for figures in report.LIMITED.values() for figure in figures]
     assert len(set(shown)) == len(shown)

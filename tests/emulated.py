@@ -4,10 +4,10 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ from image_local_attention.kernels.native import launch
 
 COMPILER = shutil.which("g++")
 HEADER = Path(__file__).parent / "emulator.h"
-FLAGS = "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"
+BUILT = Path(__file__).parents[1] / "build" / "emulated"
+FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"
 ALIGNMENT = 64
 SHARED = 227 * 1024
 RUN = """
@@ -46,17 +47,15 @@ class Kernel:
 
 @functools.cache
 def library(compiled: launch.Compiled) -> ctypes.CDLL:
-    source = compiled.source.split("// What a program keeps", 1)[1]  # without the instructions
     macros = [option.replace("--define-macro=", "-D") for option in compiled.options if "define" in option]
-    text = HEADER.read_text() + "// What a program keeps" + source + RUN.replace("KERNEL", compiled.task)
-    folder = Path(tempfile.gettempdir()) / "image-local-attention-emulated"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{hashlib.sha256(repr((text, macros)).encode()).hexdigest()[:32]}.so"
+    source = "".join((HEADER.read_text(), *map(launch.text, compiled.files[1:]), RUN.replace("KERNEL", compiled.task)))
+    key = hashlib.sha256(repr((source, macros, FLAGS)).encode()).hexdigest()
+    BUILT.mkdir(parents=True, exist_ok=True)
+    path = BUILT / f"{key[:32]}.so"
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so") as file:
-            subprocess.run([COMPILER, *FLAGS, *macros, "-o", file.name, "-"], input=text, text=True, check=True)
-            shutil.copy(file.name, path.with_suffix(f".{Path(file.name).stem}"))
-            path.with_suffix(f".{Path(file.name).stem}").replace(path)
+        mine = path.with_suffix(f".{os.getpid()}")  # other processes may build the same
+        subprocess.run([COMPILER, *FLAGS, *macros, "-o", mine, "-"], input=source, text=True, check=True)
+        mine.replace(path)
     return ctypes.CDLL(str(path))
 
 

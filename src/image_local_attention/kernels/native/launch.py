@@ -124,10 +124,14 @@ class Compiled(NamedTuple):
         return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
 
     @property
-    def source(self) -> str:
+    def files(self) -> tuple[str, ...]:
+        """Of the source, one after the other; the first has what only a GPU can do."""
         numbers = "half.cuh" if self.form.product == "half" else "single.cuh"
-        files = "instructions.cuh", "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
-        return "".join(map(_text, files))
+        return "instructions.cuh", "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
+
+    @property
+    def source(self) -> str:
+        return "".join(map(text, self.files))
 
     @property
     def shared(self) -> int:
@@ -140,7 +144,7 @@ def _lead(task: str, kernel: int, lead: int) -> int:
 
 
 @functools.cache
-def _text(name: str) -> str:
+def text(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
 
 

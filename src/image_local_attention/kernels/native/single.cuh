@@ -1,8 +1,8 @@
 // Maps of floats: fragments and their products in TF32, in one pass or in three, and kept pixels read where they lie.
 //
 // A pass takes the upper 11 bits of a number. Three of them split a number into these, `high`, and the rest, `low`, and
-// leave out the product of the rests: products are as exact as those of fp32. Kept and seen numbers are split alike, for
-// gradients to meet the very logits that the log-sum-exp was made of: large ones are known to a part of them only.
+// leave out the product of the rests: products are as exact as those of fp32. Kept and seen numbers are split alike:
+// gradients then meet the very logits that the log-sum-exp was made of, errors and all.
 
 constexpr bool EXACT = PASSES == 3;
 // Kept fragments are split once where registers hold both parts, else whenever they are multiplied.

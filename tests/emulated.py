@@ -89,5 +89,7 @@ def emulated(late: bool) -> Iterator[list[str]]:
         stack.enter_context(patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()))
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch.object(launch, name, stand_in))
-        yield tasks
-    launch._native.cache_clear()
+        try:
+            yield tasks
+        finally:
+            launch._native.cache_clear()

@@ -50,6 +50,8 @@ inline u32 __float_as_uint(float x) {
 }
 inline float __int_as_float(int x) { return __uint_as_float(x); }
 inline float __log2f(float x) { return log2f(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
 
 alignas(1024) unsigned char raw[232448];
 

@@ -70,7 +70,7 @@ def test_every_plan_compiles_and_keeps_its_registers(task, form, row, monkeypatc
 
 
 def test_the_search_tries_what_the_table_has(monkeypatch):
-    """Plans of the table are among those that `benchmarks.native_plans` times; it has no more tiles than these take."""
+    """Plans of fp32 are among those that `benchmarks.native_plans` times at the design's cases."""
     search = importlib.import_module("benchmarks.native_plans")
     monkeypatch.setattr(search, "limit", lambda: SHARED)
     monkeypatch.setattr(search.gpus, "of", lambda device: gpu.Gpu(90, True))

@@ -5,6 +5,7 @@ import torch
 
 from conftest import CUDA, Target
 from emulated import COMPILER, emulated
+from image_local_attention import local_attention
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import table
 from problems import for_each
@@ -52,12 +53,34 @@ def test_random_problems(dtype):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_gradients_of_large_logits(layout):
+@pytest.mark.parametrize(("depth", "spread"), [(32, 10.0), (16, 30.0), (16, 100.0), (64, 100.0)])
+def test_gradients_of_large_logits(depth, spread, layout):
     """A forward and the gradients agree on logits, to more than what these are known to."""
-    each = problem(2, 32, (9, 16), (5, 5), spread=10.0, layouts=(layout,) * 4)
     with emulated(late=False) as ran:
-        check(ATTENTION, each, TRITON, FP32)
+        for seed in range(2):
+            each = problem(1, depth, (9, 16), (5, 5), spread=spread, layouts=(layout,) * 4, seed=seed)
+            check(ATTENTION, each, TRITON, FP32)
     assert set(ran) == TASKS
+
+
+@pytest.mark.parametrize("largest", [1e4, 1e8, 1e12])
+def test_logits_so_large_that_one_key_has_all_the_weight(largest):
+    """Raw numbers at the default scale."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 16, 9, 16, generator=generator) for _ in range(4)]
+    results = []
+    with emulated(late=False) as ran:
+        for backend in "triton", "tiled":
+            leaves = [
+                (x * scale).requires_grad_() for x, scale in zip(maps, (largest**0.5, largest**0.5, 1), strict=False)
+            ]
+            out = local_attention(*leaves, 3, backend=backend)
+            results.append((out.detach(), *torch.autograd.grad(out, leaves, maps[3])))
+    assert set(ran) == TASKS
+    (out, *_, grad_value), (exact, *_, exact_grad_value) = results
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad_value, exact_grad_value, rtol=1e-4, atol=1e-4)
+    assert all(x.isfinite().all() for x in results[0])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 2.0**50, -0.7])

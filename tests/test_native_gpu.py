@@ -20,7 +20,7 @@ from test_native import EVERY_ROW, heads_for, row_name
 
 FP32 = torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
-WIDEST = {16: 21, 32: 13, 64: 13}  # windows of halves that some task serves, by channels per head; of fp32, 21
+WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
 TRITON = Target("triton", "cuda")
 
@@ -140,7 +140,7 @@ BANDS = [job for job in table.rows() if job[2].plan.band]
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("job", BANDS, ids=map(row_name, BANDS))
-def test_bands_are_read_before_others_take_their_place(job):
+def test_bands_are_read_before_others_take_their_place(job, served):
     """Bands of a map with many tiles: results are the same every time, and those of portable kernels."""
     task, form, row = job
     dtype = torch.bfloat16 if form.product == "half" else FP32
@@ -159,6 +159,7 @@ def test_bands_are_read_before_others_take_their_place(job):
             wanted = results()
         with native.using(task, row.plan):
             first, *others = (results() for _ in range(8))
+    assert task in served
     for x, want in zip(first, wanted, strict=True):
         assert (x - want).abs().max() <= tolerance * want.abs().max()
     for other in others:
@@ -169,13 +170,10 @@ def test_bands_are_read_before_others_take_their_place(job):
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.usefixtures("poison")
 def test_large_logits_and_small_scales():
-    """Weights that are all but one key's, and logits as large as halves make them.
-
-    Logits of fp32 are smaller: gradients take weights from a log-sum-exp that was rounded to fp32.
-    """
+    """Weights that are all but one key's, and scales that maps make up for."""
     for scale, spread in ((None, 100.0), (1e-6, 1.0), (2.0**50, 30.0)):
         check(ATTENTION, problem(2, 32, (9, 17), (5, 5), scale=scale, spread=spread), TRITON, torch.bfloat16)
-        check(ATTENTION, problem(2, 32, (9, 17), (5, 5), scale=scale, spread=min(spread, 4.0)), TRITON, FP32)
+        check(ATTENTION, problem(2, 32, (9, 17), (5, 5), scale=scale, spread=spread), TRITON, FP32)
 
 
 @pytest.mark.gpu

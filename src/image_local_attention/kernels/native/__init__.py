@@ -21,7 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     if launch is None:
         return False
     heads, h, w = query.shape[1:4]
-    launch(maps, lse.data_ptr(), h, w, heads, abs(problem.rules.scale) * LOG2E, _flip(query, problem))
+    launch(maps, lse.data_ptr(), h, w, heads, _factor(query, problem), _flip(query, problem))
     return True
 
 
@@ -73,8 +73,12 @@ def grad_key_value(
 
 def _sizes_and_scales(query: Tensor, problem: Problem) -> tuple[float, ...]:
     heads, h, w = query.shape[1:4]
-    scale = problem.rules.scale
-    return h, w, heads, abs(scale) * LOG2E, scale, _flip(query, problem)
+    return h, w, heads, _factor(query, problem), problem.rules.scale, _flip(query, problem)
+
+
+def _factor(query: Tensor, problem: Problem) -> float:
+    """Of products: to logits in powers of two, or, of fp32, natural ones."""
+    return abs(problem.rules.scale) * (LOG2E if query.element_size() == 2 else 1.0)
 
 
 def _flip(query: Tensor, problem: Problem) -> int:

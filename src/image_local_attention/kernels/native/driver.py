@@ -41,7 +41,7 @@ class Kernel:
 
 
 def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
-    """Of heads [B, heads, H, W, D] whose channels, or rows in `planes`, lie one after the other.
+    """Of heads [B, heads, H, W, D] whose channels, or columns in `planes`, lie side by side.
 
     box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. pattern: bytes that it
     is swizzled in, 16 is none.
@@ -50,7 +50,10 @@ def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor)
 
 
 def strided_map(x: Tensor) -> bytes:
-    """Of heads [B, heads, H, W, D] whose channels lie one after the other: address, steps of image to column."""
+    """Of heads [B, heads, H, W, D] whose axis of channels goes on over heads: address, then steps.
+
+    Of image, channel, row and column, as `single.cuh` has them.
+    """
     image, _, row, column, channel = x.stride()
     return _STRIDED.pack(x.data_ptr(), image, channel, row, column)
 

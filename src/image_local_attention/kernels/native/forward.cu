@@ -6,14 +6,14 @@ struct Arguments {
   KeptMap out;
   float* lse;  // [B, heads, H, W], natural
   int height, width, heads;
-  float scale_log2;  // positive
+  float factor;      // of products, positive: to logits
   u32 flip;          // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
 // Of a maximum: below any logit. Weights of a row that has seen nothing yet are scaled down to 0 when it does.
 constexpr float LEAST = -1e30f;
-constexpr float SLACK = 8.0f;  // powers of two that a weight may exceed 1 by before sums are scaled down
+constexpr float SLACK = 8.0f;  // that a logit may exceed the maximum by before sums are scaled down
 
 struct Softmax {
   float o[SUMS][4], low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
@@ -21,7 +21,7 @@ struct Softmax {
   INLINE Softmax() { zero(o); }
 
   // Raises the maxima to those of a chunk where these are much larger, and scales sums down.
-  INLINE void raise(const float (&s)[2 * CHUNK][4], int blocks, float scale, bool first) {
+  INLINE void raise(const float (&s)[2 * CHUNK][4], int blocks, float factor, bool first) {
     float most_low = s[0][0], most_high = s[0][2];
 #pragma unroll
     for (int n = 0; n < 2 * CHUNK; n++)
@@ -29,12 +29,12 @@ struct Softmax {
         most_low = fmaxf(most_low, fmaxf(s[n][0], s[n][1]));
         most_high = fmaxf(most_high, fmaxf(s[n][2], s[n][3]));
       }
-    const bool larger = fmaf(most_low, scale, -low) > SLACK || fmaf(most_high, scale, -high) > SLACK;
+    const bool larger = fmaf(most_low, factor, -low) > SLACK || fmaf(most_high, factor, -high) > SLACK;
     if (first || __any_sync(~0u, larger)) {
-      most_low = fmaxf(most_of_row(most_low) * scale, low);
-      most_high = fmaxf(most_of_row(most_high) * scale, high);
+      most_low = fmaxf(__fmul_rn(most_of_row(most_low), factor), low);
+      most_high = fmaxf(__fmul_rn(most_of_row(most_high), factor), high);
       if (!first) {
-        const float less_low = exp2_of(low - most_low), less_high = exp2_of(high - most_high);
+        const float less_low = power_of(low - most_low), less_high = power_of(high - most_high);
         sum_low *= less_low, sum_high *= less_high;
 #pragma unroll
         for (int i = 0; i < SUMS; i++)
@@ -44,9 +44,9 @@ struct Softmax {
     }
   }
 
-  INLINE void weights(float (&s)[4], float scale) {
-    s[0] = exp2_of(fmaf(s[0], scale, -low)), s[1] = exp2_of(fmaf(s[1], scale, -low));
-    s[2] = exp2_of(fmaf(s[2], scale, -high)), s[3] = exp2_of(fmaf(s[3], scale, -high));
+  INLINE void weights(float (&s)[4], float factor) {
+    s[0] = weight_of(s[0], factor, low), s[1] = weight_of(s[1], factor, low);
+    s[2] = weight_of(s[2], factor, high), s[3] = weight_of(s[3], factor, high);
     sum_low += s[0] + s[1], sum_high += s[2] + s[3];
   }
 };
@@ -91,13 +91,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
             seen[i] = seen_of(halos.band(band), pair, l);
             add_scores(block, q, seen[i], 0, head);
           }
-          softmax.raise(s, blocks, a.scale_log2, seen_band == 0 && chunk == 0);
+          softmax.raise(s, blocks, a.factor, seen_band == 0 && chunk == 0);
           if (chunk == 0) halos.wait(band, Halos::SECOND);
 #pragma unroll
           for (int i = 0; i < CHUNK; i++) {
             float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-            softmax.weights(block[0], a.scale_log2);
-            softmax.weights(block[1], a.scale_log2);
+            softmax.weights(block[0], a.factor);
+            softmax.weights(block[1], a.factor);
             Weights p;
             pack_weights(p, block);
             add_weighted(softmax.o, p, seen[i], BAND_ROOM, head);
@@ -110,8 +110,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     out.store(head, softmax.o, 1.0f / low, 1.0f / high);
     const Rows rows(at, l);
     float* lse = a.lse + at.pixel(head, rows.y, rows.x);
-    if (l.member == 0 && rows.low_there) lse[0] = (softmax.low + __log2f(low)) * LN2;
-    if (l.member == 0 && rows.high_there) lse[NEXT_ROWS * a.width] = (softmax.high + __log2f(high)) * LN2;
+    if (l.member == 0 && rows.low_there) lse[0] = log_sum_exp(softmax.low, low);
+    if (l.member == 0 && rows.high_there) lse[NEXT_ROWS * a.width] = log_sum_exp(softmax.high, high);
   }
   copy_out_all(l, out);
 }

@@ -5,9 +5,9 @@
 // queries and see keys, or keep keys and see queries: pixel t of a subtile meets pixel h of its halo if
 // 0 <= h - t < KERNEL, on each axis.
 //
-// The halo comes in bands of BAND_H rows, each with what a subtile sees of it: all in one band, or more than SLOTS of
-// them, which take turns in shared memory. Its columns are those that are seen and, where copies begin on whole vectors
-// or addresses ask for it, PAD more before and some behind.
+// The halo comes in bands of BAND_H rows: all in one, or several, which take turns in SLOTS places of shared memory. Its
+// columns are those that are seen and, where copies begin on whole vectors or addresses ask for it, PAD more before and
+// some behind; subtiles see a band's columns from their own first one and SKIP on.
 //
 // Where channels lie side by side, or numbers are floats, subtiles are 4x4 pixels, and pixels are seen one by one.
 // Where columns of halves do, subtiles are 2x8, and pixels are seen in blocks of 8 columns.

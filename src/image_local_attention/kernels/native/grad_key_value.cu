@@ -7,7 +7,7 @@ struct Arguments {
   KeptMap grad_key, grad_value;
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
-  float scale_log2, scale;  // the first is positive
+  float factor, scale;  // of products, to logits: the first is positive
   u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
@@ -15,7 +15,7 @@ constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
 constexpr bool ADJACENT = SEEN_W % 2 == 0 && HALO_W % 2 == 0;  // two queries of a lane lie side by side, evenly
 
 struct alignas(8) Query {
-  float lse, delta;  // lse in powers of two
+  float lse, delta;  // lse in the unit of logits
 };
 
 struct alignas(16) Queries {
@@ -30,7 +30,7 @@ INLINE void load_queries(Query* queries, const Arguments& a, const Place& at, in
     Query query = {__int_as_float(0x7F800000), 0.0f};
     if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
       const long long from = at.pixel(head, y, x);
-      query = {a.lse[from] * LOG2E, a.delta[from]};
+      query = {from_natural(a.lse[from]), a.delta[from]};
     }
     queries[i] = query;
   }
@@ -87,10 +87,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
               of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
             else
               of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
-            p[i][0] = exp2_of(fmaf(p[i][0], a.scale_log2, -of.first.lse));
-            p[i][1] = exp2_of(fmaf(p[i][1], a.scale_log2, -of.second.lse));
-            p[i][2] = exp2_of(fmaf(p[i][2], a.scale_log2, -of.first.lse));
-            p[i][3] = exp2_of(fmaf(p[i][3], a.scale_log2, -of.second.lse));
+            p[i][0] = weight_of(p[i][0], a.factor, of.first.lse);
+            p[i][1] = weight_of(p[i][1], a.factor, of.second.lse);
+            p[i][2] = weight_of(p[i][2], a.factor, of.first.lse);
+            p[i][3] = weight_of(p[i][3], a.factor, of.second.lse);
             dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
             dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
           }

@@ -8,7 +8,7 @@ struct Arguments {
   const float *lse, *grad_lse;  // [B, heads, H, W]; lse is natural, no grad_lse is zero
   float* delta;                 // [B, heads, H, W]
   int height, width, heads;
-  float scale_log2, scale;  // the first is positive
+  float factor, scale;  // of products, to logits: the first is positive
   u32 flip;                 // of the kept maps' signs, where the scale is negative
 };
 
@@ -34,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
     const long long pixel = at.pixel(head, rows.y, rows.x);
     const int next = NEXT_ROWS * a.width;
-    const float lse_low = rows.low_there ? a.lse[pixel] * LOG2E : 0.0f;
-    const float lse_high = rows.high_there ? a.lse[pixel + next] * LOG2E : 0.0f;
+    const float lse_low = rows.low_there ? from_natural(a.lse[pixel]) : 0.0f;
+    const float lse_high = rows.high_there ? from_natural(a.lse[pixel + next]) : 0.0f;
     if (Kept::ROOM) halos.wait(0, Halos::FIRST);
     Fragments q, g;
     query.load(q, head, a.flip);
@@ -66,10 +66,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
           add_scores(dp, g, seen, BAND_ROOM, head);
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            s[i][0] = exp2_of(fmaf(s[i][0], a.scale_log2, -lse_low)) * (dp[i][0] - delta_low);
-            s[i][1] = exp2_of(fmaf(s[i][1], a.scale_log2, -lse_low)) * (dp[i][1] - delta_low);
-            s[i][2] = exp2_of(fmaf(s[i][2], a.scale_log2, -lse_high)) * (dp[i][2] - delta_high);
-            s[i][3] = exp2_of(fmaf(s[i][3], a.scale_log2, -lse_high)) * (dp[i][3] - delta_high);
+            s[i][0] = weight_of(s[i][0], a.factor, lse_low) * (dp[i][0] - delta_low);
+            s[i][1] = weight_of(s[i][1], a.factor, lse_low) * (dp[i][1] - delta_low);
+            s[i][2] = weight_of(s[i][2], a.factor, lse_high) * (dp[i][2] - delta_high);
+            s[i][3] = weight_of(s[i][3], a.factor, lse_high) * (dp[i][3] - delta_high);
           }
           Weights ds;
           pack_weights(ds, s);

@@ -1,7 +1,7 @@
 // Maps of halves: fragments and their products, and tiles that are kept in shared memory.
 
 constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
-static_assert(PARTS == 1 && (!PLANES || TILE_PIXELS % 32 == 0), "tiles and bands are copied at once");
+static_assert(PARTS == 1 && (!PLANES || TILE_PIXELS % 32 == 0), "tiles and bands are copied at once, and a channel of a tile begins on whole vectors of banks");
 
 using KeptMap = TensorMap;
 
@@ -30,6 +30,12 @@ template <int PIXELS>
 INLINE u32 at_step(u32 address, int step) {
   return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
 }
+
+// Logits are in powers of two, by one operation with that of a weight: these are known to no more than 8 or 11 bits.
+INLINE float weight_of(float product, float factor, float less) { return exp2_of(fmaf(product, factor, -less)); }
+INLINE float power_of(float logit) { return exp2_of(logit); }
+INLINE float from_natural(float logit) { return logit * LOG2E; }
+INLINE float log_sum_exp(float most, float sum) { return (most + __log2f(sum)) * LN2; }
 
 INLINE u32 pack(float low, float high) { return pack_halves<BF16>(low, high); }
 

@@ -60,11 +60,12 @@ def portable() -> Iterator[None]:
 @contextmanager
 def using(task: str, plan: Plan) -> Iterator[None]:
     """Within, a task that can be served takes this plan, whatever the table says: to test and to time plans."""
-    _forced[task] = plan
+    global _forced
+    before, _forced = _forced, _forced | {task: plan}
     try:
         yield
     finally:
-        del _forced[task]
+        _forced = before
 
 
 class Compiled(NamedTuple):

@@ -12,7 +12,11 @@ _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
 _PART = 128  # bytes that are swizzled together at most
 _BARRIERS = 32  # bytes of a slot
 _VECTOR = 16  # bytes, of which copies are multiples
-_TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # kept in shared memory, each as large as the query's
+_TILES = {
+    "forward": 1,
+    "grad_query": 3,
+    "grad_key_value": 2,
+}  # that halves keep in shared memory
 
 
 class Form(NamedTuple):
@@ -38,8 +42,8 @@ class Plan:
 
     resident: blocks that are to share a multiprocessor, which bounds the registers of a thread. step: pairs of blocks
     of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
-    pixel_bytes: of a pixel that a copy takes at most; several heads where these are less deep. Where columns lie side
-    by side, it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
+    pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
+    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
     """
 
     tile: tuple[int, int]
@@ -99,7 +103,7 @@ def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
 def _apart(rows: int, cols: int, may_grow: bool, form: Form) -> tuple[int, int]:
     """Of a band of planes: as many or a few more, so that the channels of a fragment lie in different banks.
 
-    may_grow: in its rows too.
+    may_grow: in its rows too. Floats in bands of four rows find no such width: two channels share a bank.
     """
     vector = form.vector
     least = cdiv(cols, vector) * vector
@@ -123,7 +127,7 @@ def patterns(plan: Plan, held: Shape, channels: int, form: Form) -> tuple[int, i
 
 
 def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, int, int]:
-    """What a copy takes of a map's first three axes: of a channel's columns and rows, or of a pixel's row."""
+    """What a copy takes of a map's first three axes: columns, rows and channels, or channels, columns and rows."""
     rows, cols = pixels
     return (cols, rows, channels) if form.planes else (min(channels, _PART // form.element), cols, rows)
 

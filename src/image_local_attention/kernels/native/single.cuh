@@ -12,6 +12,15 @@ constexpr int VECTOR = PLANES ? 1 : DEPTH < 32 ? 2 : 4;  // channels of a weight
 constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
 static_assert(!PLANES || (SIDE_BY_SIDE && SKIP % 2 == 0 && BAND_PIXELS % 2 == 0), "pairs of columns are loaded at once");
 
+// Logits are natural, and rounded before anything is taken from them: the largest and the log-sum-exp then hold what
+// each was, however large they are.
+INLINE float power_of(float logit) { return exp2_of(__fmul_rn(logit, LOG2E)); }
+INLINE float weight_of(float product, float factor, float less) {
+  return power_of(__fsub_rn(__fmul_rn(product, factor), less));
+}
+INLINE float from_natural(float logit) { return logit; }
+INLINE float log_sum_exp(float most, float sum) { return fmaf(__log2f(sum), LN2, most); }
+
 // high: the upper bits, to the nearest
 INLINE void split(u32& high, u32& low, u32 x) {
   high = x + 0x1000 & 0xFFFFE000;

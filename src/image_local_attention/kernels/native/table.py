@@ -2,9 +2,10 @@
 
 What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
-bands of two or four rows: tiles of 4 rows, for all warps then need the same bands, and as wide as registers let blocks
-be. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold less of it at once,
-are as fast for the widest windows; products in three passes of TF32 take so long that copies hide behind them.
+bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, and as wide as registers
+let blocks be. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold less of
+it at once, are as fast for the widest windows; products in three passes of TF32 take so long that copies hide behind
+them.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ class Row(NamedTuple):
     pixels: int = 1 << 60  # of all images and heads, at most: few blocks are to share the multiprocessors evenly
 
 
-# Rows are read from the top, the first that is deep and wide enough and suits the heads is taken. A figure is
+# Rows are read from the top, the first of this depth that is wide enough and suits the heads is taken. A figure is
 # milliseconds of that kernel on an H200 when plans were tried, then those of Triton's for the same; delta is part of
 # grad_query, and of Triton's figure. A case without a figure: by analogy with planes. docs/performance.md has what
 # passes take.

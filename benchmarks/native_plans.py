@@ -99,6 +99,11 @@ def compile_plan(compiled: launch.Compiled) -> int | str:
         cubin = nvrtc.compiled(compiled.source, (arch, *compiled.options))
     except nvrtc.CompileError as error:
         return str(error)
+    return stack_of(cubin)
+
+
+def stack_of(cubin: bytes) -> int:
+    """Bytes of a thread's stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

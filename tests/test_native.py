@@ -2,16 +2,11 @@
 
 import importlib
 import itertools
-import re
 import struct
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from conftest import CUDA
 from image_local_attention.kernels import gpu, native
@@ -22,7 +17,6 @@ from image_local_attention.rules import Rules
 from image_local_attention.window import Window
 
 NVRTC = nvrtc.find(torch.version.cuda.split(".")[0] if torch.version.cuda else "13")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED = 227 * 1024
 
 needs_nvrtc = pytest.mark.skipif(NVRTC is None, reason="NVRTC is not installed")
@@ -66,7 +60,7 @@ def test_every_plan_compiles_and_keeps_its_registers(task, form, row, monkeypatc
         cubin = nvrtc._compile(source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
         assert cubin
         if arch == 90:  # where plans were measured
-            assert resources(cubin)["STACK"] <= 64
+            assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= 64
 
 
 def test_the_search_tries_what_the_table_has(monkeypatch):
@@ -109,16 +103,6 @@ def agreement(compiled: launch.Compiled) -> str:
         f"Halos::ROOM + {tiles} * Kept::ROOM + Halos::BARRIERS + {queries} == {compiled.shared}",
     )
     return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK):(\d+)", told)}
 
 
 def test_every_row_is_taken_by_what_it_names():

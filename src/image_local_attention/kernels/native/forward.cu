@@ -6,8 +6,8 @@ struct Arguments {
   KeptMap out;
   float* lse;  // [B, heads, H, W], natural
   int height, width, heads;
-  float factor;      // of products, positive: to logits
-  u32 flip;          // of the kept maps' signs, where the scale is negative
+  float factor;  // of products, positive: to logits
+  u32 flip;      // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);

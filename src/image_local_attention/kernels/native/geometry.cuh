@@ -23,6 +23,9 @@ constexpr bool WHOLE = BANDS == 1;
 constexpr int SEEN_ROWS = WHOLE ? SEEN_H : BAND_H, SEEN_BANDS = ceil_div(SEEN_H, SEEN_ROWS);
 constexpr int SEEN = SEEN_ROWS * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);  // of a band
 
+// Two columns of a lane's fragment are pixels side by side, the first on an even place.
+[[maybe_unused]] constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
+
 constexpr int CHANNELS = GROUP * DEPTH;
 constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channels: 32 bytes of them
 constexpr int SUMS = DEPTH / 8;              // fragments of a row of results
@@ -62,7 +65,7 @@ struct Lane {
 };
 
 struct Place {
-  int heads, height, width;          // of the maps
+  int heads, height, width;              // of the maps
   int channel, first_head, x, y, image;  // where this program's tile begins
 
   // groups of heads lie side by side along the grid's first axis

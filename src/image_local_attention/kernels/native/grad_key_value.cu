@@ -8,11 +8,10 @@ struct Arguments {
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
-  u32 flip;                 // of the kept maps' signs, where the scale is negative
+  u32 flip;             // of the kept maps' signs, where the scale is negative
 };
 
 constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
-constexpr bool ADJACENT = SEEN_W % 2 == 0 && HALO_W % 2 == 0;  // two queries of a lane lie side by side, evenly
 
 struct alignas(8) Query {
   float lse, delta;  // lse in the unit of logits
@@ -83,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
           for (int i = 0; i < 2; i++) {
             const int first = 16 * pair + 8 * i + 2 * l.member;
             Queries of;
-            if (ADJACENT)
+            if (SIDE_BY_SIDE)
               of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
             else
               of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};

@@ -9,7 +9,7 @@ struct Arguments {
   float* delta;                 // [B, heads, H, W]
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
-  u32 flip;                 // of the kept maps' signs, where the scale is negative
+  u32 flip;             // of the kept maps' signs, where the scale is negative
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(const __grid_constant__ Arguments a) {

@@ -92,7 +92,9 @@ class Compiled(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
         held, plan, (tile_pattern, halo_pattern) = self.shape, self.plan, self.patterns
-        names = {
+        sizes = {"KERNEL": self.kernel, "TILE": plan.tile, "SUB": held.sub, "SEEN": held.seen}
+        names = {f"{name}_{axis}": size for name, both in sizes.items() for axis, size in zip("HW", both, strict=True)}
+        names |= {
             "BF16": int(self.dtype == torch.bfloat16),
             "PLANES": int(self.form.planes),
             "ELEMENT": self.form.element,
@@ -100,16 +102,8 @@ class Compiled(NamedTuple):
             "KEPT_MAPS": 1 if self.task == "forward" else 2,
             "DEPTH": self.depth,
             "GROUP": self.group,
-            "KERNEL_H": self.kernel[0],
-            "KERNEL_W": self.kernel[1],
             "LEAD_Y": self.lead[0],
             "LEAD_X": self.lead[1],
-            "TILE_H": plan.tile[0],
-            "TILE_W": plan.tile[1],
-            "SUB_H": held.sub[0],
-            "SUB_W": held.sub[1],
-            "SEEN_H": held.seen[0],
-            "SEEN_W": held.seen[1],
             "BAND_H": held.band[0],
             "HALO_W": held.band[1],
             "BANDS": held.bands,

@@ -12,11 +12,7 @@ _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
 _PART = 128  # bytes that are swizzled together at most
 _BARRIERS = 32  # bytes of a slot
 _VECTOR = 16  # bytes, of which copies are multiples
-_TILES = {
-    "forward": 1,
-    "grad_query": 3,
-    "grad_key_value": 2,
-}  # that halves keep in shared memory
+_TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # that halves keep in shared memory
 
 
 class Form(NamedTuple):

@@ -8,8 +8,6 @@ constexpr bool EXACT = PASSES == 3;
 // Kept fragments are split once where registers hold both parts, else whenever they are multiplied.
 constexpr bool SPLIT_ONCE = EXACT && KEPT_MAPS * DEPTH <= 64;
 constexpr int VECTOR = PLANES ? 1 : DEPTH < 32 ? 2 : 4;  // channels of a weighted pixel that a lane loads at once
-// Two pixels that a lane weighs lie side by side, the first on an even place.
-constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
 static_assert(!PLANES || (SIDE_BY_SIDE && SKIP % 2 == 0 && BAND_PIXELS % 2 == 0), "pairs of columns are loaded at once");
 
 // Logits are natural, and rounded before anything is taken from them: the largest and the log-sum-exp then hold what

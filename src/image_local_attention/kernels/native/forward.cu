@@ -72,40 +72,33 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     Fragments q;
     query.load(q, head, a.flip);
     Softmax softmax;
+    halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
 #pragma unroll 1
-    for (int band = 0; band < BANDS; band++) {
-      halos.refill(band, l);
-      halos.wait(band, Halos::FIRST);
-      const int seen_band = l.seen_band(band);
-      if (seen_band >= 0 && seen_band < SEEN_BANDS) {
-#pragma unroll 1
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-          constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
-          float s[2 * CHUNK][4];
-          Seen seen[CHUNK];
+      for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
+        float s[2 * CHUNK][4];
+        Seen seen[CHUNK];
 #pragma unroll
-          for (int i = 0; i < CHUNK; i++) {
-            const int pair = chunk * CHUNK + i;
-            float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-            visibility.start(block, hidden_of(seen_band, pair, l));
-            seen[i] = seen_of(halos.band(band), pair, l);
-            add_scores(block, q, seen[i], 0, head);
-          }
-          softmax.raise(s, blocks, a.factor, seen_band == 0 && chunk == 0);
-          if (chunk == 0) halos.wait(band, Halos::SECOND);
+        for (int i = 0; i < CHUNK; i++) {
+          const int pair = chunk * CHUNK + i;
+          float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
+          visibility.start(block, hidden_of(seen_band, pair, l));
+          seen[i] = seen_of(halos.band(band), pair, l);
+          add_scores(block, q, seen[i], 0, head);
+        }
+        softmax.raise(s, blocks, a.factor, seen_band == 0 && chunk == 0);
+        if (chunk == 0) halos.wait(band, Halos::SECOND);
 #pragma unroll
-          for (int i = 0; i < CHUNK; i++) {
-            float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-            softmax.weights(block[0], a.factor);
-            softmax.weights(block[1], a.factor);
-            Weights p;
-            pack_weights(p, block);
-            add_weighted(softmax.o, p, seen[i], BAND_ROOM, head);
-          }
+        for (int i = 0; i < CHUNK; i++) {
+          float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
+          softmax.weights(block[0], a.factor);
+          softmax.weights(block[1], a.factor);
+          Weights p;
+          pack_weights(p, block);
+          add_weighted(softmax.o, p, seen[i], BAND_ROOM, head);
         }
       }
-      halos.release(band, l);
-    }
+    });
     const float low = sum_of_row(softmax.sum_low), high = sum_of_row(softmax.sum_high);
     out.store(head, softmax.o, 1.0f / low, 1.0f / high);
     const Rows rows(at, l);

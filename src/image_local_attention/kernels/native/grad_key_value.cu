@@ -63,45 +63,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     float sum_k[SUMS][4], sum_v[SUMS][4];
     zero(sum_k);
     zero(sum_v);
-#pragma unroll 1
-    for (int band = 0; band < BANDS; band++) {
-      halos.refill(band, l);
-      halos.wait(band, Halos::FIRST), halos.wait(band, Halos::SECOND);
-      const int seen_band = l.seen_band(band);
-      if (seen_band >= 0 && seen_band < SEEN_BANDS) {
-        const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS;
+    halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
+      const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS;
 #pragma unroll UNROLL
-        for (int pair = 0; pair < PAIRS; pair++) {
-          const Seen seen = seen_of(halos.band(band), pair, l);
-          float p[2][4], dp[2][4];
-          visibility.start(p, hidden_of(seen_band, pair, l));
-          add_scores(p, k, seen, 0, head);
-          zero(dp);
-          add_scores(dp, v, seen, BAND_ROOM, head);
+      for (int pair = 0; pair < PAIRS; pair++) {
+        const Seen seen = seen_of(halos.band(band), pair, l);
+        float p[2][4], dp[2][4];
+        visibility.start(p, hidden_of(seen_band, pair, l));
+        add_scores(p, k, seen, 0, head);
+        zero(dp);
+        add_scores(dp, v, seen, BAND_ROOM, head);
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int first = 16 * pair + 8 * i + 2 * l.member;
-            Queries of;
-            if (SIDE_BY_SIDE)
-              of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
-            else
-              of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
-            p[i][0] = weight_of(p[i][0], a.factor, of.first.lse);
-            p[i][1] = weight_of(p[i][1], a.factor, of.second.lse);
-            p[i][2] = weight_of(p[i][2], a.factor, of.first.lse);
-            p[i][3] = weight_of(p[i][3], a.factor, of.second.lse);
-            dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
-            dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
-          }
-          Weights packed;
-          pack_weights(packed, p);
-          add_weighted(sum_v, packed, seen, BAND_ROOM, head);
-          pack_weights(packed, dp);
-          add_weighted(sum_k, packed, seen, 0, head);
+        for (int i = 0; i < 2; i++) {
+          const int first = 16 * pair + 8 * i + 2 * l.member;
+          Queries of;
+          if (SIDE_BY_SIDE)
+            of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
+          else
+            of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
+          p[i][0] = weight_of(p[i][0], a.factor, of.first.lse);
+          p[i][1] = weight_of(p[i][1], a.factor, of.second.lse);
+          p[i][2] = weight_of(p[i][2], a.factor, of.first.lse);
+          p[i][3] = weight_of(p[i][3], a.factor, of.second.lse);
+          dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
+          dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
         }
+        Weights packed;
+        pack_weights(packed, p);
+        add_weighted(sum_v, packed, seen, BAND_ROOM, head);
+        pack_weights(packed, dp);
+        add_weighted(sum_k, packed, seen, 0, head);
       }
-      halos.release(band, l);
-    }
+    });
     grad_key.store(head, sum_k, a.scale, a.scale);
     grad_value.store(head, sum_v, 1.0f, 1.0f);
   }

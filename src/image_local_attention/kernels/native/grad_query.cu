@@ -50,34 +50,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     if (l.member == 0 && rows.high_there) a.delta[pixel + next] = delta_high;
     float sum[SUMS][4];
     zero(sum);
-#pragma unroll 1
-    for (int band = 0; band < BANDS; band++) {
-      halos.refill(band, l);
-      halos.wait(band, Halos::FIRST), halos.wait(band, Halos::SECOND);
-      const int seen_band = l.seen_band(band);
-      if (seen_band >= 0 && seen_band < SEEN_BANDS) {
+    halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
 #pragma unroll UNROLL
-        for (int pair = 0; pair < PAIRS; pair++) {
-          const Seen seen = seen_of(halos.band(band), pair, l);
-          float s[2][4], dp[2][4];
-          visibility.start(s, hidden_of(seen_band, pair, l));
-          add_scores(s, q, seen, 0, head);
-          zero(dp);
-          add_scores(dp, g, seen, BAND_ROOM, head);
+      for (int pair = 0; pair < PAIRS; pair++) {
+        const Seen seen = seen_of(halos.band(band), pair, l);
+        float s[2][4], dp[2][4];
+        visibility.start(s, hidden_of(seen_band, pair, l));
+        add_scores(s, q, seen, 0, head);
+        zero(dp);
+        add_scores(dp, g, seen, BAND_ROOM, head);
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            s[i][0] = weight_of(s[i][0], a.factor, lse_low) * (dp[i][0] - delta_low);
-            s[i][1] = weight_of(s[i][1], a.factor, lse_low) * (dp[i][1] - delta_low);
-            s[i][2] = weight_of(s[i][2], a.factor, lse_high) * (dp[i][2] - delta_high);
-            s[i][3] = weight_of(s[i][3], a.factor, lse_high) * (dp[i][3] - delta_high);
-          }
-          Weights ds;
-          pack_weights(ds, s);
-          add_weighted(sum, ds, seen, 0, head);
+        for (int i = 0; i < 2; i++) {
+          s[i][0] = weight_of(s[i][0], a.factor, lse_low) * (dp[i][0] - delta_low);
+          s[i][1] = weight_of(s[i][1], a.factor, lse_low) * (dp[i][1] - delta_low);
+          s[i][2] = weight_of(s[i][2], a.factor, lse_high) * (dp[i][2] - delta_high);
+          s[i][3] = weight_of(s[i][3], a.factor, lse_high) * (dp[i][3] - delta_high);
         }
+        Weights ds;
+        pack_weights(ds, s);
+        add_weighted(sum, ds, seen, 0, head);
       }
-      halos.release(band, l);
-    }
+    });
     grad_query.store(head, sum, a.scale, a.scale);
   }
   copy_out_all(l, grad_query);

@@ -142,6 +142,21 @@ inline void run_copies(u32 address) {
   for (Copy& copy : now) copy.run();
 }
 
+// Now or when the barrier is waited for: `copy` copies and gives the number of bytes.
+template <typename F>
+void copy_in(u32 barrier, F copy) {
+  const auto run = [=] {
+    Barrier& at = barrier_at(barrier);
+    at.bytes -= copy();
+    advance(at);
+  };
+  turns = 0;
+  if (late)
+    under_way.push_back({run, barrier});
+  else
+    run();
+}
+
 template <typename F>
 void each_of_box(const TensorMap& map, u32 shared, const int (&at)[4], F f) {
   u32 offset = 0;
@@ -277,27 +292,37 @@ inline void barrier_wait(u32 barrier, int use) {
 }
 
 inline void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d) {
-  const auto run = [=] {
+  emulator::copy_in(barrier, [=] {
     u32 bytes = 0;
     emulator::each_of_box(map, to, {a, b, c, d}, [&](unsigned char* shared, unsigned char* global, bool inside) {
       inside ? (void)memcpy(shared, global, map.element) : (void)memset(shared, 0, map.element);
       bytes += map.element;
     });
-    emulator::Barrier& at = emulator::barrier_at(barrier);
-    at.bytes -= bytes;
-    emulator::advance(at);
-  };
-  emulator::turns = 0;
-  if (emulator::late)
-    emulator::under_way.push_back({run, barrier});
-  else
-    run();
+    return bytes;
+  });
 }
 
 inline void copy_box_out(u32 from, const TensorMap& map, int a, int b, int c, int d) {
   emulator::each_of_box(map, from, {a, b, c, d}, [&](unsigned char* shared, unsigned char* global, bool inside) {
     if (inside) memcpy(global, shared, map.element);
   });
+}
+
+inline void check_row(u64 from, u64 to, u32 bytes) {
+  if ((from | to | bytes) % 16) fprintf(stderr, "a copy of %u bytes that are no whole vectors\n", bytes), std::abort();
+}
+
+inline void copy_row_in(u32 to, const void* from, u32 bytes, u32 barrier) {
+  check_row((u64)from, to, bytes);
+  emulator::copy_in(barrier, [=] {
+    memcpy(raw + to, from, bytes);
+    return bytes;
+  });
+}
+
+inline void copy_row_out(void* to, u32 from, u32 bytes) {
+  check_row(from, (u64)to, bytes);
+  memcpy(to, raw + from, bytes);
 }
 
 inline void before_copies() {}

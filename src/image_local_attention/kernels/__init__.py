@@ -162,6 +162,8 @@ def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tenso
     weight = query.new_empty((*query.shape[:4], rules.window.slots))
     depth = query.shape[4]
     problem = _problem(query, key, rules, until_query=False)
+    if native.similarity(query, key, weight, problem):
+        return weight
     launch = Launch("unfused", (query,), (key,), problem, query.shape[:4])
     q, k = launch.sources
     launch(
@@ -183,8 +185,10 @@ def similarity(query: Tensor, key: Tensor, rules: Rules, absent: float) -> Tenso
 def aggregate(weight: Tensor, value: Tensor, rules: Rules) -> Tensor:
     """scale * sum_ij weight_ij * v_ij over the keys in the map that take part."""
     problem = _problem(weight, value, rules)
-    launch = Launch("unfused", (), (value,), problem, weight.shape[:4])
     out = empty_heads(value, value.shape[4], weight.shape[1], weight.shape[2:4])
+    if native.aggregate(weight, value, out, problem):
+        return out
+    launch = Launch("unfused", (), (value,), problem, weight.shape[:4])
     return _weighted_sum(launch, unfused.aggregate_kernel, weight, value, out, problem.sizes, rules.scale)
 
 
@@ -192,8 +196,10 @@ def aggregate_transpose(weight: Tensor, vector: Tensor, kv_heads: int, size: tup
     """The transpose of `aggregate`: each pixel sends scale * weight_ij * vector to key ij of `kv_heads` maps."""
     batch, heads, *queries = weight.shape[:4]
     problem = Problem(rules, heads, kv_heads, tuple(queries), tuple(size), until_query=True)
-    launch = Launch("unfused", (), (vector,), problem, (batch, kv_heads, *size), transposed=True)
     out = empty_heads(vector, vector.shape[4], kv_heads, size)
+    if native.aggregate_transpose(weight, vector, out, problem):
+        return out
+    launch = Launch("unfused", (), (vector,), problem, (batch, kv_heads, *size), transposed=True)
     kernel, numbers = unfused.aggregate_transpose_kernel, problem.images
     return _weighted_sum(launch, kernel, weight, vector, out, problem.sizes, rules.scale, numbers)
 

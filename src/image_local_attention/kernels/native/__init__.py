@@ -1,15 +1,25 @@
 """CUDA C++ kernels for windows that slide over the map pixel by pixel.
 
-They compute what the kernels of `attention` do in Triton, which serve all that these do not, and are compiled at run
+They compute what the kernels of `attention` and `unfused` do in Triton, which serve all that these do not, and are compiled at run
 time by the NVRTC that torch brings along. Each entry point says whether it served the call.
 """
 
 from torch import Tensor
 
 from ..launch import LOG2E, Problem
+from ..source import ALIGNMENT
 from .launch import native, portable, using
 
-__all__ = ["forward", "grad_key_value", "grad_query", "portable", "using"]
+__all__ = [
+    "aggregate",
+    "aggregate_transpose",
+    "forward",
+    "grad_key_value",
+    "grad_query",
+    "portable",
+    "similarity",
+    "using",
+]
 
 _SIGNS = {2: 0x8000_8000, 4: 0x8000_0000}  # bits of a word, by bytes of a number
 
@@ -68,6 +78,32 @@ def grad_key_value(
     if launch is None:
         return False
     launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
+    return True
+
+
+def similarity(query: Tensor, key: Tensor, weight: Tensor, problem: Problem) -> bool:
+    """Fills weights [B, heads, H, W, kH*kW]."""
+    return _unfused("similarity", (query, key), weight, problem)
+
+
+def aggregate(weight: Tensor, value: Tensor, out: Tensor, problem: Problem) -> bool:
+    """Fills the weighted sums of values."""
+    return _unfused("aggregate", (value, out), weight, problem)
+
+
+def aggregate_transpose(weight: Tensor, vector: Tensor, out: Tensor, problem: Problem) -> bool:
+    """Fills what keys gather of vectors at queries."""
+    return _unfused("aggregate_transpose", (vector, out), weight, problem)
+
+
+def _unfused(task: str, maps: tuple[Tensor, Tensor], weight: Tensor, problem: Problem) -> bool:
+    if weight.dtype != maps[0].dtype or not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
+        return False
+    launch = native(task, problem, maps)
+    if launch is None:
+        return False
+    heads, h, w = maps[0].shape[1:4]
+    launch(maps, weight.data_ptr(), h, w, heads, problem.rules.scale)
     return True
 
 

@@ -20,10 +20,10 @@ INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, 
 // A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.
 INLINE u32 swizzled(u32 offset, int width) { return offset ^ (offset >> 7 & (width / 16 - 1)) << 4; }
 
-// The halos of two maps, band after band: a band lies in slot `band % SLOTS`, that of the second map BAND_ROOM after that
-// of the first.
+// The halos of one map or two, band after band: a band lies in slot `band % SLOTS`, that of the second map BAND_ROOM after
+// that of the first.
 struct Halos {
-  static constexpr int ROOM = 2 * SLOTS * BAND_ROOM, BARRIERS = 32 * SLOTS;  // bytes
+  static constexpr int ROOM = HALO_MAPS * SLOTS * BAND_ROOM, BARRIERS = 32 * SLOTS;  // bytes
   enum Map { FIRST, SECOND, READ };  // barriers of a slot: either map has come; all warps have read both
 
   const TensorMap &first, &second;
@@ -37,7 +37,10 @@ struct Halos {
       : first(first), second(second), at(at), start(start), barriers(barriers), y(at.y - lead_y),
         x(at.x - lead_x - PAD) {}
 
-  INLINE u32 band(int number) const { return start + number % SLOTS * 2 * BAND_ROOM; }
+  INLINE Halos(u32 start, u32 barriers, const TensorMap& map, const Place& at, int lead_y, int lead_x)
+      : Halos(start, barriers, map, map, at, lead_y, lead_x) {}
+
+  INLINE u32 band(int number) const { return start + number % SLOTS * HALO_MAPS * BAND_ROOM; }
 
   INLINE u32 barrier(int band, Map which) const { return barriers + band % SLOTS * 32 + which * 8; }
 
@@ -51,7 +54,8 @@ struct Halos {
   }
 
   INLINE void fill(int number) const {
-    fill(number, first, FIRST), fill(number, second, SECOND);
+    fill(number, first, FIRST);
+    if (HALO_MAPS == 2) fill(number, second, SECOND);
   }
 
   INLINE void fill(int number, const TensorMap& map, Map which) const {

@@ -44,6 +44,15 @@ INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
   packed.of[2] = pack(p[1][0], p[1][1]), packed.of[3] = pack(p[1][2], p[1][3]);
 }
 
+using Number = unsigned short;  // of a map, as it lies in memory
+
+INLINE Number number_of(float x) { return pack(x, 0.0f); }
+
+INLINE void pack_weights(Weights& packed, const Number (&p)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) packed.of[i] = p[i / 2][i % 2 * 2] | u32(p[i / 2][i % 2 * 2 + 1]) << 16;
+}
+
 // The product of two pairs of halves: of the first ones plus of the second ones.
 INLINE float product_of_two(u32 a, u32 b) {
   float a0, a1, b0, b1;

@@ -58,6 +58,19 @@ INLINE void copy_box_out(u32 from, const TensorMap& map, int a, int b, int c, in
       : "memory");
 }
 
+// Copies numbers in a row; addresses and `bytes` are multiples of 16.
+INLINE void copy_row_in(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+INLINE void copy_row_out(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+               "r"(from), "r"(bytes)
+               : "memory");
+}
+
 // Of ordinary reads and writes of shared memory, before a copy overwrites what was read or reads what was written. A
 // barrier alone does not keep a copy from overtaking loads that are still under way.
 INLINE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

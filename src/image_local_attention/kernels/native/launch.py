@@ -18,7 +18,7 @@ from ..launch import MOST_PROGRAMS, Problem
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, strided_map, tensor_map
-from .plan import Form, Plan, Shape, box, patterns, shape, shared
+from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, patterns, shape, shared
 from .table import choose
 
 _ARCH = 90  # the first with tensor copies
@@ -40,6 +40,9 @@ ARGUMENTS = {
     "forward": Arguments((True, False, False, True), "<QiiifI"),
     "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
     "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffI"),
+    "similarity": Arguments((True, False), "<Qiiif"),
+    "aggregate": Arguments((False, True), "<Qiiif"),
+    "aggregate_transpose": Arguments((False, True), "<Qiiif"),
 }
 
 _serving = True
@@ -82,7 +85,7 @@ class Compiled(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        return shape(self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.form)
+        return shape(self.task, self.plan, self.kernel, _lead(self.task, self.kernel[1], self.lead[1]), self.form)
 
     @property
     def patterns(self) -> tuple[int, int]:
@@ -99,7 +102,8 @@ class Compiled(NamedTuple):
             "PLANES": int(self.form.planes),
             "ELEMENT": self.form.element,
             "PASSES": 3 if self.form.product == "three-pass" else 1,
-            "KEPT_MAPS": 1 if self.task == "forward" else 2,
+            "KEPT_MAPS": 1 if self.task in ("forward", "similarity") else 2,
+            "HALO_MAPS": halo_maps(self.task),
             "DEPTH": self.depth,
             "GROUP": self.group,
             "LEAD_Y": self.lead[0],
@@ -122,7 +126,8 @@ class Compiled(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """Of the source, one after the other; the first has what only a GPU can do."""
         numbers = "half.cuh" if self.form.product == "half" else "single.cuh"
-        return "instructions.cuh", "geometry.cuh", "copies.cuh", "visibility.cuh", numbers, f"{self.task}.cu"
+        of_pairs = (numbers, "weights.cuh") if self.task in UNFUSED else ("visibility.cuh", numbers)
+        return "instructions.cuh", "geometry.cuh", "copies.cuh", *of_pairs, f"{self.task}.cu"
 
     @property
     def source(self) -> str:
@@ -130,12 +135,12 @@ class Compiled(NamedTuple):
 
     @property
     def shared(self) -> int:
-        return shared(self.task, self.plan, self.group, self.depth, self.shape, self.form)
+        return shared(self.task, self.plan, self.group, self.depth, self.kernel, self.shape, self.form)
 
 
 def _lead(task: str, kernel: int, lead: int) -> int:
     """From the first pixel that a kept one sees to it, for a window whose first key lies `lead` before the query."""
-    return kernel - 1 - lead if task == "grad_key_value" else lead
+    return kernel - 1 - lead if task in ("grad_key_value", "aggregate_transpose") else lead
 
 
 @functools.cache
@@ -187,7 +192,8 @@ def native(task: str, problem: Problem, maps: tuple[Tensor, ...]) -> Native | No
     rules, first = problem.rules, maps[0]
     if not _serving or rules.bias is not None or rules.key_mask is not None:
         return None
-    if first.dtype not in _DTYPES or not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]:
+    hides = task not in UNFUSED
+    if first.dtype not in _DTYPES or (hides and not _SCALES[0] <= abs(rules.scale) <= _SCALES[1]):
         return None
     if problem.group != 1 or any(x.data_ptr() % ALIGNMENT for x in maps):
         return None

@@ -12,7 +12,8 @@ _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
 _PART = 128  # bytes that are swizzled together at most
 _BARRIERS = 32  # bytes of a slot
 _VECTOR = 16  # bytes, of which copies are multiples
-_TILES = {"forward": 1, "grad_query": 3, "grad_key_value": 2}  # that halves keep in shared memory
+_TILES = {"grad_query": 3, "grad_key_value": 2}  # that halves keep in shared memory, else one
+UNFUSED = "similarity", "aggregate", "aggregate_transpose"  # tasks over weights, which stream one map
 
 
 class Form(NamedTuple):
@@ -80,11 +81,17 @@ class Shape(NamedTuple):
         return cdiv(rows * self.seen[1], 16)
 
 
-def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
+def halo_maps(task: str) -> int:
+    """Maps that are streamed."""
+    return 1 if task in UNFUSED else 2
+
+
+def shape(task: str, plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
     blocks = form.planes and form.product == "half"  # planes of halves are seen in blocks of 8 columns
-    sub = (2, 8) if blocks else (4, 4)
+    # keys side by side are in slots side by side of what a query has for them
+    sub = (2, 8) if blocks or task == "aggregate_transpose" else (4, 4)
     pad = -lead % form.vector if form.planes else 0
     skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
     seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
@@ -136,15 +143,21 @@ def suits(plan: Plan, group: int, form: Form) -> bool:
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 
 
-def shared(task: str, plan: Plan, group: int, depth: int, held: Shape, form: Form) -> int:
-    """Bytes of shared memory that a block takes."""
+def shared(
+    task: str, plan: Plan, group: int, depth: int, kernel: tuple[int, int], held: Shape, form: Form
+) -> int:
+    """Bytes of shared memory that a block takes. kernel: of the window."""
     rows, cols = held.band
     pixel = group * depth * form.element
     parts = 1 if form.planes else cdiv(pixel, _PART)
     band = parts * _whole_patterns(rows * cols * pixel // parts)
     tile = _whole_patterns(plan.tile[0] * plan.tile[1] * pixel) if form.product == "half" else 0
     queries = held.bands * rows * cols * group * 8 if task == "grad_key_value" else 0
-    return plan.slots * (2 * band + _BARRIERS) + _TILES[task] * tile + queries
+    weights = 0
+    if task in ("similarity", "aggregate"):
+        weights = plan.tile[0] * plan.tile[1] * group * kernel[0] * kernel[1] * form.element
+    bands = plan.slots * (halo_maps(task) * band + _BARRIERS)
+    return bands + _TILES.get(task, 1) * tile + queries + weights
 
 
 def _whole_patterns(count: int) -> int:

@@ -87,6 +87,10 @@ INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
   }
 }
 
+using Number = float;  // of a map
+
+INLINE Number number_of(float x) { return x; }
+
 struct alignas(64) KeptMap {
   float* data;
   long long image, channel, row, column;  // steps

@@ -10,7 +10,7 @@ them.
 
 from typing import NamedTuple
 
-from .plan import Form, Plan, shape, shared, suits
+from .plan import UNFUSED, Form, Plan, shape, shared, suits
 
 
 class Row(NamedTuple):
@@ -196,6 +196,98 @@ _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
 }
 
 
+# Of the unfused tasks, not measured yet: tiles that hold weights as well as halos, as few reads of the L2 cache as leave
+# a multiprocessor 8 warps or more. By what maps are, halves or floats, and whether columns lie side by side.
+_TILES_OF_WEIGHTS = {
+    ("half", False): (
+        Row(16, 5, Plan((8, 8), 8, 3, 2)),
+        Row(16, 9, Plan((8, 16), 8, 4, 2, 32)),
+        Row(16, 13, Plan((8, 16), 8, 3, 2, 32)),
+        Row(16, 21, Plan((8, 16), 8, 1, 2, 32)),
+        Row(32, 5, Plan((8, 8), 8, 3, 2)),
+        Row(32, 9, Plan((8, 16), 8, 3, 2, 64)),
+        Row(32, 13, Plan((8, 16), 8, 2, 2, 64)),
+        Row(32, 21, Plan((8, 16), 8, 1, 2, 64)),
+        Row(64, 9, Plan((8, 16), 8, 2, 2)),
+        Row(64, 13, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
+        Row(64, 21, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
+    ),
+    ("half", True): (
+        Row(16, 9, Plan((8, 16), 8, 4, 2)),
+        Row(16, 13, Plan((8, 16), 8, 3, 2)),
+        Row(16, 21, Plan((8, 16), 8, 1, 2)),
+        Row(32, 9, Plan((8, 16), 8, 3, 2)),
+        Row(32, 13, Plan((8, 16), 8, 2, 2)),
+        Row(32, 21, Plan((8, 16), 8, 1, 2)),
+        Row(64, 9, Plan((8, 16), 8, 2, 2)),
+        Row(64, 13, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
+        Row(64, 21, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
+    ),
+    ("single", False): (
+        Row(16, 5, Plan((8, 8), 8, 2, 1)),
+        Row(16, 9, Plan((8, 16), 8, 2, 1, 64)),
+        Row(16, 13, Plan((8, 16), 8, 2, 1, 64, band=2, slots=3)),
+        Row(16, 21, Plan((8, 8), 4, 1, 1, 64)),
+        Row(32, 9, Plan((8, 16), 8, 2, 1)),
+        Row(32, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+        Row(32, 21, Plan((4, 8), 2, 2, 1, band=4, slots=3)),
+        Row(64, 5, Plan((8, 8), 4, 3, 1)),
+        Row(64, 9, Plan((4, 16), 4, 3, 1, band=2, slots=3)),
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
+        Row(64, 21, Plan((4, 8), 2, 2, 1, band=2, slots=3)),
+    ),
+    ("single", True): (
+        Row(16, 9, Plan((8, 16), 8, 2, 1)),
+        Row(16, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+        Row(16, 21, Plan((4, 16), 4, 1, 1)),
+        Row(32, 9, Plan((8, 16), 8, 2, 1)),
+        Row(32, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+        Row(32, 21, Plan((4, 8), 2, 2, 1, band=4, slots=3)),
+        Row(64, 5, Plan((8, 8), 4, 3, 1)),
+        Row(64, 9, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
+        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
+        Row(64, 21, Plan((4, 8), 2, 2, 1, band=2, slots=2)),
+    ),
+}
+_GATHERED_WEIGHTS = {
+    ("half", False): (
+        Row(16, 5, Plan((8, 8), 8, 3, 2)),
+        Row(16, 21, Plan((8, 16), 8, 4, 2, 32)),
+        Row(32, 5, Plan((8, 8), 8, 3, 2)),
+        Row(32, 21, Plan((8, 16), 8, 3, 2, 64)),
+        Row(64, 13, Plan((8, 16), 8, 2, 2)),
+        Row(64, 21, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
+    ),
+    ("half", True): (
+        Row(16, 21, Plan((8, 16), 8, 4, 2)),
+        Row(32, 21, Plan((8, 16), 8, 2, 2)),
+        Row(64, 13, Plan((8, 16), 8, 2, 2)),
+        Row(64, 21, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
+    ),
+    ("single", False): (
+        Row(16, 21, Plan((8, 16), 8, 2, 1, 64)),
+        Row(32, 13, Plan((8, 16), 8, 2, 1)),
+        Row(32, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+        Row(64, 9, Plan((8, 16), 8, 2, 1)),
+        Row(64, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+    ),
+    ("single", True): (
+        Row(16, 21, Plan((8, 16), 8, 2, 1)),
+        Row(32, 13, Plan((8, 16), 8, 2, 1)),
+        Row(32, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+        Row(64, 9, Plan((8, 16), 8, 2, 1)),
+        Row(64, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+    ),
+}
+_TABLE |= {
+    (task, product, planes): rows
+    for tasks, tables in ((UNFUSED[:2], _TILES_OF_WEIGHTS), (UNFUSED[2:], _GATHERED_WEIGHTS))
+    for task in tasks
+    for (numbers, planes), rows in tables.items()
+    for product in (("half",) if numbers == "half" else ("tf32", "three-pass"))
+}
+
+
 def rows() -> list[tuple[str, Form, Row]]:
     """Every row with its task and the form of its maps."""
     return [(task, Form(product, planes), row) for (task, product, planes), table in _TABLE.items() for row in table]
@@ -204,7 +296,7 @@ def rows() -> list[tuple[str, Form, Row]]:
 def choose(
     task: str, form: Form, heads: int, depth: int, pixels: int, kernel: tuple[int, int], lead: int, limit: int
 ) -> Plan | None:
-    """The plan of "forward", "grad_query" or "grad_key_value"; None where the task is not served.
+    """The plan of a task; None where it is not served.
 
     depth: channels per head. pixels: of all images and heads. kernel: (height, width) of the window. lead: columns from
     the first that a kept pixel sees to its own. limit: bytes of shared memory that a block may take.
@@ -212,7 +304,7 @@ def choose(
     rows = _TABLE.get((task, *form), ())
     fitting = (row for row in rows if row.depth == depth and max(kernel) <= row.kernel and pixels <= row.pixels)
     for plan in (row.plan for row in fitting):
-        group, held = plan.group(heads, depth, form), shape(plan, kernel, lead, form)
-        if suits(plan, group, form) and shared(task, plan, group, depth, held, form) <= limit:
+        group, held = plan.group(heads, depth, form), shape(task, plan, kernel, lead, form)
+        if suits(plan, group, form) and shared(task, plan, group, depth, kernel, held, form) <= limit:
             return plan
     return None

@@ -1,0 +1,50 @@
+// O = scale * sum_ij W_ij v_ij over the keys in the map of each query's window.
+
+struct Arguments {
+  TensorMap value;
+  KeptMap out;
+  const Number* weights;  // [B, heads, H, W, WINDOW]
+  int height, width, heads;
+  float scale;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + Kept::ROOM;
+  const Place at(a.heads, a.height, a.width);
+  const Lane l;
+  const Halos halos(start, barriers, a.value, at, LEAD_Y, LEAD_X);
+  const Kept out(tile, a.out, at, l);
+  const WeightTile weights(raw, barriers + Halos::BARRIERS - start, at);
+  if (l.thread == 0) {
+    halos.init();
+    weights.copy_in(a.weights, halos.barrier(0, Halos::FIRST));
+    halos.fill_all();
+  }
+  weights.load(a.weights, l);
+  const Pairs pairs(l, at, halos);  // a weight of a key that is not there may be anything
+  __syncthreads();
+
+#pragma unroll 1
+  for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
+    const Number* of_query = weights.numbers + weights.query(head, pairs, l);
+    float sum[SUMS][4];
+    zero(sum);
+    halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
+#pragma unroll UNROLL
+      for (int pair = 0; pair < PAIRS; pair++) {
+        Number p[2][4];
+        pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
+          const Number* weight = of_query + weights.slot(y, x);
+          p[block][i] = low ? weight[0] : Number(0);
+          p[block][2 + i] = high ? weight[weights.NEXT] : Number(0);
+        });
+        Weights packed;
+        pack_weights(packed, p);
+        add_weighted(sum, packed, seen_of(halos.band(band), pair, l), 0, head);
+      }
+    });
+    out.store(head, sum, a.scale, a.scale);
+  }
+  copy_out_all(l, out);
+}

@@ -1,0 +1,64 @@
+// Each key gathers scale * W_ij x over the queries in the map that see it in their slot ij.
+//
+// A weight is read once in all, so they are loaded from where they lie: keys side by side are a query's slots side by
+// side, the last first.
+
+struct Arguments {
+  TensorMap vector;
+  KeptMap out;
+  const Number* weights;  // [B, heads, H, W, WINDOW]
+  int height, width, heads;
+  float scale;
+};
+
+struct Gathered {
+  Number of[2][4];
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
+    aggregate_transpose(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + Kept::ROOM;
+  const Place at(a.heads, a.height, a.width);
+  const Lane l;
+  const Halos halos(start, barriers, a.vector, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
+  const Kept out(tile, a.out, at, l);
+  if (l.thread == 0) {
+    halos.init();
+    halos.fill_all();
+  }
+  const Pairs pairs(l, at, halos);
+  const int row = a.width * WINDOW;  // of weights
+  __syncthreads();
+
+#pragma unroll 1
+  for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
+    // The pixel y, x of the view meets the kept one in slot WINDOW - 1 - (y - kept_y) * KERNEL_W - (x - kept_x).
+    const Number* weights = a.weights + at.pixel(head, halos.y + l.sub_y, halos.x + PAD + l.sub_x) * WINDOW + WINDOW - 1 +
+                            pairs.kept_y * KERNEL_W + pairs.kept_x;
+    const auto gather = [&](Gathered& p, int seen_band, int pair) {
+      pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
+        const Number* weight = weights + (long long)y * (row - KERNEL_W) + x * (WINDOW - 1);
+        p.of[block][i] = low ? weight[0] : Number(0);
+        p.of[block][2 + i] = high ? weight[NEXT_ROWS * KERNEL_W] : Number(0);
+      });
+    };
+    float sum[SUMS][4];
+    zero(sum);
+    Gathered next;  // is under way while the one before it is multiplied
+    gather(next, 0, 0);
+    halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
+#pragma unroll UNROLL
+      for (int pair = 0; pair < PAIRS; pair++) {
+        const Gathered p = next;
+        const bool last = pair + 1 == PAIRS;
+        gather(next, seen_band + last, last ? 0 : pair + 1);
+        Weights packed;
+        pack_weights(packed, p.of);
+        add_weighted(sum, packed, seen_of(halos.band(band), pair, l), 0, head);
+      }
+    });
+    out.store(head, sum, a.scale, a.scale);
+  }
+  copy_out_all(l, out);
+}

@@ -19,24 +19,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from image_local_attention import local_attention
-from image_local_attention.bench.cases import DTYPES, GROUPS, Case
+from benchmarks.unfused import CASES as UNFUSED_CASES
+from image_local_attention import local_aggregate, local_attention, local_similarity
+from image_local_attention.bench.cases import DTYPES, Case
+from image_local_attention.bench.cases import GROUPS as DESIGNED
 from image_local_attention.bench.measure import measure
 from image_local_attention.bench.rows import environment
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import gpu as gpus
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import launch, nvrtc
-from image_local_attention.kernels.native.plan import Form, Plan, shape, shared, suits
+from image_local_attention.kernels.native.plan import UNFUSED, Form, Plan, shape, shared, suits
 
 DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
+GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
+MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 MOST_COPIED = 256  # rows or columns of a copy
 THREADS = 256, 384, 512, 768  # of a multiprocessor, which bound the registers of each
+MORE_THREADS = 128, *THREADS, 1024  # where little is held but weights, and much of them
 SPILLED = 64  # bytes of a thread, at most
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -71,6 +76,8 @@ class Problem:
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
         bands = BANDS if single or not self.form.planes else BANDS[:1]
+        if self.task in UNFUSED:
+            sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
         for tile, (band, slots), step in itertools.product(TILES, bands, steps):
             for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
                 shared_by = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
@@ -81,11 +88,13 @@ class Problem:
 
     def _fits(self, plan: Plan) -> bool:
         group = plan.group(self.case.heads, self.case.depth, self.form)
-        held = shape(plan, self.kernel, self.kernel[1] // 2, self.form)
-        takes = shared(self.task, plan, group, self.case.depth, held, self.form) + RESERVED
+        held = shape(self.task, plan, self.kernel, self.kernel[1] // 2, self.form)
+        takes = shared(self.task, plan, group, self.case.depth, self.kernel, held, self.form) + RESERVED
         if takes * plan.resident > limit() + RESERVED or plan.step > held.pairs or max(held.band) > MOST_COPIED:
             return False
-        return suits(plan, group, self.form) and not (plan.band and held.bands == 1)
+        if plan.band and (held.bands == 1 or held.sub[0] % plan.band):
+            return False
+        return suits(plan, group, self.form)
 
 
 def limit() -> int:
@@ -112,21 +121,39 @@ def stack_of(cubin: bytes) -> int:
     return int(re.search(r"STACK:(\d+)", told)[1])
 
 
-def runs_of(case: Case) -> dict[str, Callable]:
-    """Functions that run a task and give its results. A backward task runs delta too, if it does not make it."""
+def run_of(problem: Problem) -> Callable:
+    """A function that runs a task and gives its results. A backward task runs delta too, if it does not make it."""
+    with native.portable():
+        return (unfused_run if problem.task in UNFUSED else fused_run)(problem)
+
+
+def fused_run(problem: Problem) -> Callable:
+    case, task = problem.case, problem.task
     *inputs, grad_out = case.maps(DEVICE)
 
     def attend(*maps: Tensor) -> Tensor:
         return local_attention(*maps, case.kernel, heads=case.heads, scale=1.0, backend="triton")
 
-    def gradients(*wanted: bool) -> Callable:
-        leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        out, of = attend(*leaves), [x for x in leaves if x.requires_grad]
-        return lambda: torch.autograd.grad(out, of, grad_out, retain_graph=True)
+    if task == "forward":
+        return lambda: (attend(*inputs),)
+    wanted = {"grad_query": (True, False, False), "grad_key_value": (False, True, True)}[task]
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    out, of = attend(*leaves), [x for x in leaves if x.requires_grad]
+    return lambda: torch.autograd.grad(out, of, grad_out, retain_graph=True)
 
-    with native.portable():
-        runs = lambda: (attend(*inputs),), gradients(True, False, False), gradients(False, True, True)
-    return dict(zip(TASKS, runs, strict=True))
+
+def unfused_run(problem: Problem) -> Callable:
+    case, task = problem.case, problem.task
+    query, key, value, grad_out = case.maps(DEVICE)
+    options = {"kernel_size": case.kernel, "heads": case.heads, "backend": "triton"}
+    weight = local_similarity(query, key, **options)
+    if task == "similarity":
+        return lambda: (local_similarity(query, key, **options),)
+    if task == "aggregate":
+        return lambda: (local_aggregate(weight, value, **options),)
+    value.requires_grad_()
+    out = local_aggregate(weight, value, **options)
+    return lambda: torch.autograd.grad(out, value, grad_out, retain_graph=True)
 
 
 def far(results: tuple, wanted: tuple) -> float:
@@ -151,7 +178,9 @@ def time_plans(problem: Problem, plans: list[Plan], run: Callable, budget_s: flo
 
 def main(
     only: Annotated[list[str], typer.Option(help="Cases with one of these in the name.")],
-    task: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(TASKS)}.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join((*TASKS, *UNFUSED))}; else the first three.")
+    ] = None,
     group: Annotated[str, typer.Option(help=f"Of cases: {', '.join(GROUPS)}.")] = "design",
     processes: Annotated[int, typer.Option(help="That compile.")] = 14,
     budget: Annotated[float, typer.Option(help="Seconds of repetition for each candidate.")] = 0.02,
@@ -177,7 +206,7 @@ def main(
                 console.print(stacks[problem, plan], style="bold red")
         fitting = [plan for each, plan in jobs if each == problem and stacks[each, plan] in range(SPILLED + 1)]
         with matmul_precision(problem.case.precision):
-            timed = time_plans(problem, fitting, runs_of(problem.case)[problem.task], budget)
+            timed = time_plans(problem, fitting, run_of(problem), budget)
         table = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
         for row in [*timed[:show], *(row for row in timed[show:] if row["plan"] == "portable")]:
             named = row["plan"] if isinstance(row["plan"], str) else str(Plan(**row["plan"]))

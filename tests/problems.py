@@ -42,6 +42,7 @@ class Problem:
     causal: bool | tuple[bool, bool] | str = False
     bias: str = "none"  # or "slot", "patch", "displacement"
     key_mask: str = "none"  # or how much of the map is there: "most", "little", "nothing"
+    weight_layout: str = "transposed"  # or "contiguous"
 
     @property
     def slots(self) -> int:
@@ -105,11 +106,12 @@ class Problem:
         return (chances < {"most": 0.7, "little": 0.15, "nothing": 0.0}[self.key_mask]).to(device).transpose(1, 2)
 
     def weights(self, dtype: torch.dtype, device: str) -> list[Tensor]:
-        """Weights of any sign, [B, heads, H, W, kH*kW], not contiguous, and a gradient of such."""
+        """Weights of any sign, [B, heads, H, W, kH*kW], and a gradient of such."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = self.batch, self.heads, self.slots, *self.size
         weights = [length * torch.randn(shape, generator=generator) for length in (self.magnitude, 1.0)]
-        return [x.to(device, dtype).movedim(2, -1) for x in weights]
+        weights = [x.to(device, dtype).movedim(2, -1) for x in weights]
+        return [x.contiguous() for x in weights] if self.weight_layout == "contiguous" else weights
 
     def lse_gradient(self, dtype: torch.dtype, device: str) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 2)

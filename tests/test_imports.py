@@ -51,7 +51,7 @@ KERNEL_LAW = {
     "kernels.terms": _TILE | {"kernels.table"},
     "kernels.attention": _TILE | {"kernels.softmax", "kernels.table", "kernels.terms"},
     "kernels.unfused": _TILE | {"kernels.terms"},
-    "kernels.native.__init__": {"kernels.launch", "kernels.native.launch"},
+    "kernels.native.__init__": {"kernels.launch", "kernels.native.launch", "kernels.source"},
     "kernels.native.launch": {
         "kernels.geometry",
         "kernels.gpu",

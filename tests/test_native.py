@@ -69,7 +69,7 @@ def test_the_search_tries_what_the_table_has(monkeypatch):
     monkeypatch.setattr(search, "limit", lambda: SHARED)
     monkeypatch.setattr(search.gpus, "of", lambda device: gpu.Gpu(90, True))
     cases = [case for case in search.GROUPS["design"] if case.dtype == "fp32"]
-    for case, task in itertools.product(cases, search.TASKS):
+    for case, task in itertools.product(cases, (*search.TASKS, *plan.UNFUSED)):
         problem, lead = search.Problem(case, task), case.kernel // 2
         chosen = table.choose(task, problem.form, 1, case.depth, case.queries, problem.kernel, lead, SHARED)
         candidates = [replace(each, pixel_bytes=128) for each in problem.candidates()]
@@ -80,7 +80,7 @@ def test_the_search_tries_what_the_table_has(monkeypatch):
 @needs_nvrtc
 def test_windows_of_any_sides_compile(monkeypatch):
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    tasks = ("forward", 16), ("grad_key_value", 32)
+    tasks = ("forward", 16), ("grad_key_value", 32), ("similarity", 16), ("aggregate_transpose", 64)
     for (task, depth), product, planes in itertools.product(tasks, ("half", "three-pass"), (False, True)):
         form = plan.Form(product, planes)
         rows = [row for *of, row in table.rows() if of == [task, form] and row.depth == depth]
@@ -94,13 +94,18 @@ def test_windows_of_any_sides_compile(monkeypatch):
 def agreement(compiled: launch.Compiled) -> str:
     """Source that does not compile unless kernels take what `plan` says, and arguments end where `launch` says."""
     tiles = {"grad_query": 3, "grad_key_value": 2}.get(compiled.task, 1)
-    queries = "GROUP * HALO_PIXELS * 8" if compiled.task == "grad_key_value" else "0"
+    pixels = {
+        "grad_key_value": "GROUP * HALO_PIXELS * 8",
+        "similarity": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
+        "aggregate": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
+    }.get(compiled.task, "0")
+    last = "scale" if compiled.task in plan.UNFUSED else "flip"
     arguments = launch.ARGUMENTS[compiled.task]
     maps = "+".join(f"sizeof({'KeptMap' if kept else 'TensorMap'})" for kept in arguments.kept)
     facts = (
         f"PAIRS == {compiled.shape.pairs}",
-        f"__builtin_offsetof(Arguments, flip) + 4 == {maps} + {struct.calcsize(arguments.numbers)}",
-        f"Halos::ROOM + {tiles} * Kept::ROOM + Halos::BARRIERS + {queries} == {compiled.shared}",
+        f"__builtin_offsetof(Arguments, {last}) + 4 == {maps} + {struct.calcsize(arguments.numbers)}",
+        f"Halos::ROOM + {tiles} * Kept::ROOM + Halos::BARRIERS + {pixels} == {compiled.shared}",
     )
     return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
 

@@ -9,16 +9,25 @@ from image_local_attention import local_attention
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import table
 from problems import for_each
-from test_accuracy import ATTENTION, check
+from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
 from test_native import heads_for, row_name
-from test_native_gpu import FP32, check_tf32, problem, served_problems
+from test_native_gpu import (
+    FP32,
+    FUSED,
+    OPERATORS,
+    UNFUSED,
+    check_infinite_weights_outside,
+    check_tf32,
+    operator_of,
+    problem,
+    served_problems,
+)
 
 pytestmark = [
     pytest.mark.skipif(CUDA, reason="the GPU runs the kernels themselves"),
     pytest.mark.skipif(COMPILER is None, reason="there is no g++"),
 ]
 TRITON = Target("triton", "cpu")
-TASKS = {"forward", "grad_query", "grad_key_value"}
 
 
 def kinds() -> list:
@@ -34,23 +43,44 @@ def kinds() -> list:
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @pytest.mark.parametrize("job", kinds(), ids=map(row_name, kinds()))
 def test_plans_are_within_their_budgets(job, late):
-    """On a map of several tiles each way and a remainder."""
+    """On maps of several tiles each way and a remainder, whose rows of weights are whole vectors, and are not."""
     task, form, row = job
     heads, layout = heads_for(form, row), "contiguous" if form.planes else "channels_last"
-    each = problem(heads, row.depth, (11, 24 if form.planes else 19), (6, 5), layouts=(layout,) * 4)
+    widths = (24,) if form.planes else (19, 24) if task in UNFUSED else (19,)
     judge = check_tf32 if form.product == "tf32" else check
     with native.using(task, row.plan), emulated(late) as ran:
-        judge(ATTENTION, each, TRITON, torch.bfloat16 if form.product == "half" else FP32)
+        for width in widths:
+            each = problem(heads, row.depth, (11, width), (6, 5), layouts=(layout,) * 4)
+            judge(operator_of(task), each, TRITON, torch.bfloat16 if form.product == "half" else FP32)
     assert task in ran
 
 
 # What is left to Triton runs under its interpreter, which has no bf16.
 @pytest.mark.hunt
 @pytest.mark.parametrize("dtype", [torch.float16, FP32], ids=["fp16", "fp32"])
-def test_random_problems(dtype):
+@OPERATORS
+def test_random_problems(operator, tasks, dtype):
+    name = f"emulated {operator.inputs} {dtype}"
     with emulated(late=False) as ran:
-        for_each(served_problems(dtype), 5, f"emulated {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
-    assert set(ran) == TASKS
+        for_each(served_problems(dtype), 5, name, lambda each: check(operator, each, TRITON, dtype))
+    assert set(ran) == tasks
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
+def test_weights_of_keys_outside_of_the_map_are_not_read(layout, dtype):
+    with emulated(late=False) as ran:
+        check_infinite_weights_outside(layout, dtype, TRITON)
+    assert set(ran) == {"aggregate", "aggregate_transpose"}
+
+
+@pytest.mark.parametrize("operator", [SIMILARITY, AGGREGATE], ids=["similarity", "aggregate"])
+def test_weights_that_do_not_lie_in_a_row_are_left_to_triton(operator):
+    """As are gradients of weights that do not."""
+    each = problem(1, 16, (5, 8), (3, 3), weight_layout="transposed")
+    with emulated(late=False) as ran:
+        check(operator, each, TRITON, torch.float16)
+    assert set(ran) == {"similarity"}
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -61,7 +91,7 @@ def test_gradients_of_large_logits(depth, spread, layout):
         for seed in range(2):
             each = problem(1, depth, (9, 16), (5, 5), spread=spread, layouts=(layout,) * 4, seed=seed)
             check(ATTENTION, each, TRITON, FP32)
-    assert set(ran) == TASKS
+    assert set(ran) == FUSED
 
 
 @pytest.mark.parametrize("largest", [1e4, 1e8, 1e12])
@@ -77,7 +107,7 @@ def test_logits_so_large_that_one_key_has_all_the_weight(largest):
             ]
             out = local_attention(*leaves, 3, backend=backend)
             results.append((out.detach(), *torch.autograd.grad(out, leaves, maps[3])))
-    assert set(ran) == TASKS
+    assert set(ran) == FUSED
     (out, *_, grad_value), (exact, *_, exact_grad_value) = results
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_value, exact_grad_value, rtol=1e-4, atol=1e-4)
@@ -89,4 +119,4 @@ def test_scales(scale):
     with emulated(late=False) as ran:
         for dtype in torch.bfloat16, FP32:
             check(ATTENTION, problem(2, 16, (5, 9), (3, 5), scale=scale), TRITON, dtype)
-    assert set(ran) == TASKS
+    assert set(ran) == FUSED

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from budget import assert_within
 from conftest import CUDA, Target
-from image_local_attention import local_attention
+from image_local_attention import local_aggregate, local_attention, local_similarity
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import table
+from image_local_attention.kernels.native import plan, table
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
-from test_accuracy import ATTENTION, asked, check, exact_results, numbers, run, wide
+from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
 from test_native import EVERY_ROW, heads_for, row_name
 
 FP32 = torch.float32
@@ -23,6 +23,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32],
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
 TRITON = Target("triton", "cuda")
+FUSED = {"forward", "grad_query", "grad_key_value"}
+UNFUSED = set(plan.UNFUSED)
+
+
+def operator_of(task: str):
+    """One that runs it in its forward or backward."""
+    return {"similarity": SIMILARITY, "aggregate_transpose": SIMILARITY, "aggregate": AGGREGATE}.get(task, ATTENTION)
 
 
 @pytest.fixture
@@ -53,10 +60,10 @@ def test_every_plan_is_within_its_budget(task, form, row, served):
     with native.using(task, row.plan):
         for seed, sides in enumerate([(kernel, min(kernel, 9)), (2, kernel), (kernel, 3)]):
             each = problem(heads, row.depth, size, sides, layouts=layouts, seed=seed)
-            judge(ATTENTION, each, TRITON, dtypes[seed > 0 and len(dtypes) > 1])
+            judge(operator_of(task), each, TRITON, dtypes[seed > 0 and len(dtypes) > 1])
         for dtype in dtypes:
             each = problem(2 * heads, row.depth, (5, 8), (3, 3), batch=2, layouts=layouts)
-            judge(ATTENTION, each, TRITON, dtype)
+            judge(operator_of(task), each, TRITON, dtype)
     assert task in served
 
 
@@ -73,7 +80,9 @@ def check_tf32(operator, problem: Problem, target, dtype) -> None:
     """Results and gradients are within twice the error of plain code whose products are those of TF32."""
     inputs, upstream = numbers(operator, problem, dtype, target.device)
     options = asked(operator, problem, target.device)
-    names, more = list(inputs), {"kernel_size": problem.kernel, "backend": target.backend, "scale": problem.scale}
+    names, more = list(inputs), {"kernel_size": problem.kernel, "backend": target.backend}
+    if operator is not AGGREGATE:
+        more["scale"] = problem.scale
     with matmul_precision("tf32"):
         got = run(functools.partial(operator.ours, **options | more), operator, inputs, upstream, names)
     usual = functools.partial(operator.plain, kernel=problem.kernel, **asked(operator, problem, "cpu"))
@@ -96,9 +105,17 @@ def problem(heads, depth, size, kernel, **more) -> Problem:
         "spread": 1.0,
         "magnitude": 1.0,
         "seed": 0,
+        "weight_layout": "contiguous",
     }
     shapes = {"heads": heads, "key_depth": depth, "value_depth": depth, "size": size, "kernel": kernel}
     return Problem(**usual | shapes | more)
+
+
+OPERATORS = pytest.mark.parametrize(
+    ("operator", "tasks"),
+    [(ATTENTION, FUSED), (SIMILARITY, UNFUSED), (AGGREGATE, UNFUSED)],
+    ids=["attention", "similarity", "aggregate"],
+)
 
 
 @st.composite
@@ -128,10 +145,38 @@ def served_problems(draw, dtype):
 @pytest.mark.hunt
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @DTYPES
+@OPERATORS
 @pytest.mark.usefixtures("poison")
-def test_random_problems(dtype, served):
-    for_each(served_problems(dtype), 20, f"native {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
-    assert set(served) == {"forward", "grad_query", "grad_key_value"}
+def test_random_problems(operator, tasks, dtype, served):
+    name = f"native {operator.inputs} {dtype}"
+    for_each(served_problems(dtype), 20, name, lambda each: check(operator, each, TRITON, dtype))
+    assert set(served) == tasks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@DTYPES
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_weights_of_keys_outside_of_the_map_are_not_read(layout, dtype, served):
+    check_infinite_weights_outside(layout, dtype, TRITON)
+    assert set(served) == {"aggregate", "aggregate_transpose"}
+
+
+def check_infinite_weights_outside(layout, dtype, target) -> None:
+    """Sums and gradients of the value are those of weights that are zero there."""
+    _, _, value, grad = problem(1, 16, (9, 16), (5, 5), layouts=(layout,) * 4).maps(dtype, target.device)
+    weight = torch.randn(1, 1, 9, 16, 25, generator=torch.Generator().manual_seed(0)).to(target.device, dtype)
+    y, x = (torch.arange(size)[:, None] + torch.arange(-2, 3) for size in (9, 16))
+    there = ((y >= 0) & (y < 9))[:, None, :, None] & ((x >= 0) & (x < 16))[:, None, :]
+    there = there.reshape(9, 16, 25).to(target.device)
+    results = []
+    for other in 0.0, float("inf"):
+        leaf = value.detach().requires_grad_()
+        out = local_aggregate(weight.masked_fill(~there, other), leaf, 5, backend=target.backend)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, grad)))
+    for x, wanted in zip(*results, strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, wanted)
 
 
 BANDS = [job for job in table.rows() if job[2].plan.band]
@@ -151,6 +196,11 @@ def test_bands_are_read_before_others_take_their_place(job, served):
     leaves = [x.requires_grad_() for x in maps[:3]]
 
     def results():
+        if task in UNFUSED:
+            out = local_similarity(*leaves[:2], row.kernel)
+            weighted = local_aggregate(out, leaves[2], row.kernel)
+            grads = torch.autograd.grad(weighted, leaves, maps[3])
+            return out.detach(), weighted.detach(), *grads
         out = local_attention(*leaves, row.kernel)
         return out.detach(), *torch.autograd.grad(out, leaves, maps[3])
 
@@ -214,7 +264,7 @@ def test_results_are_the_same_every_time_and_in_a_graph(dtype):
 def test_signs_of_the_scale(scale, layout, dtype, served):
     layouts = (layout,) * 4
     check(ATTENTION, problem(2, 32, (9, 16), (5, 6), scale=scale, layouts=layouts), TRITON, dtype)
-    assert set(served) == {"forward", "grad_query", "grad_key_value"}
+    assert set(served) == FUSED
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """CUDA C++ kernels for windows that slide over the map pixel by pixel.
 
-They compute what the kernels of `attention` and `unfused` do in Triton, which serve all that these do not, and are compiled at run
-time by the NVRTC that torch brings along. Each entry point says whether it served the call.
+They compute what the kernels of `attention` and `unfused` do in Triton, which serve all that these do not, and are
+compiled at run time by the NVRTC that torch brings along. Each entry point says whether it served the call.
 """
 
 from torch import Tensor

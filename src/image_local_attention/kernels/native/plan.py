@@ -143,9 +143,7 @@ def suits(plan: Plan, group: int, form: Form) -> bool:
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 
 
-def shared(
-    task: str, plan: Plan, group: int, depth: int, kernel: tuple[int, int], held: Shape, form: Form
-) -> int:
+def shared(task: str, plan: Plan, group: int, depth: int, kernel: tuple[int, int], held: Shape, form: Form) -> int:
     """Bytes of shared memory that a block takes. kernel: of the window."""
     rows, cols = held.band
     pixel = group * depth * form.element

@@ -196,8 +196,8 @@ _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
 }
 
 
-# Of the unfused tasks, not measured yet: tiles that hold weights as well as halos, as few reads of the L2 cache as leave
-# a multiprocessor 8 warps or more. By what maps are, halves or floats, and whether columns lie side by side.
+# Of the unfused tasks, not measured yet: tiles that hold weights as well as halos, of as few reads of the L2 cache as
+# leave a multiprocessor 8 warps or so. By what maps are, halves or floats, and whether columns lie side by side.
 _TILES_OF_WEIGHTS = {
     ("half", False): (
         Row(16, 5, Plan((8, 8), 8, 3, 2)),
@@ -243,7 +243,7 @@ _TILES_OF_WEIGHTS = {
         Row(32, 9, Plan((8, 16), 8, 2, 1)),
         Row(32, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
         Row(32, 21, Plan((4, 8), 2, 2, 1, band=4, slots=3)),
-        Row(64, 5, Plan((8, 8), 4, 3, 1)),
+        Row(64, 5, Plan((8, 8), 4, 2, 1)),
         Row(64, 9, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
         Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
         Row(64, 21, Plan((4, 8), 2, 2, 1, band=2, slots=2)),

@@ -15,6 +15,10 @@ struct Gathered {
   Number of[2][4];
 };
 
+// Weights of so many pairs of blocks are under way at once: latency is what they are waited for. Each has registers of
+// its own, so bands are rounded up to pairs that meet nobody.
+constexpr int AHEAD = UNROLL, ROUNDED = ceil_div(PAIRS, AHEAD) * AHEAD;
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     aggregate_transpose(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -45,17 +49,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     };
     float sum[SUMS][4];
     zero(sum);
-    Gathered next;  // is under way while the one before it is multiplied
-    gather(next, 0, 0);
+    Gathered under_way[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) gather(under_way[i], 0, i);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
-#pragma unroll UNROLL
-      for (int pair = 0; pair < PAIRS; pair++) {
-        const Gathered p = next;
-        const bool last = pair + 1 == PAIRS;
-        gather(next, seen_band + last, last ? 0 : pair + 1);
-        Weights packed;
-        pack_weights(packed, p.of);
-        add_weighted(sum, packed, seen_of(halos.band(band), pair, l), 0, head);
+#pragma unroll 1
+      for (int first = 0; first < ROUNDED; first += AHEAD) {
+        const bool last = first + AHEAD == ROUNDED;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+          Weights packed;
+          pack_weights(packed, under_way[i].of);
+          gather(under_way[i], seen_band + last, last ? i : first + AHEAD + i);
+          if (ROUNDED == PAIRS || first + i < PAIRS)
+            add_weighted(sum, packed, seen_of(halos.band(band), first + i, l), 0, head);
+        }
       }
     });
     out.store(head, sum, a.scale, a.scale);

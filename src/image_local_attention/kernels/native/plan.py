@@ -38,7 +38,8 @@ class Plan:
     """`tile` kept pixels (rows, columns), `warps` of a block.
 
     resident: blocks that are to share a multiprocessor, which bounds the registers of a thread. step: pairs of blocks
-    of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
+    of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at; in
+    aggregate_transpose, those whose weights are under way.
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
     it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
     """

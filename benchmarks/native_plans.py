@@ -78,11 +78,12 @@ class Problem:
         bands = BANDS if single or not self.form.planes else BANDS[:1]
         if self.task in UNFUSED:
             sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
-        for tile, (band, slots), step in itertools.product(TILES, bands, steps):
-            for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
-                shared_by = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
-                for resident in shared_by | ({1} if case.queries <= SMALL else set()):
-                    plan = Plan(tile, warps, resident, step, band=band, slots=slots)
+        sharing = (1, 2) if self.task == "similarity" else (1,)
+        for tile, (band, slots), step, shared_by in itertools.product(TILES, bands, steps, sharing):
+            for warps in {tile[0] * tile[1] // 16 * shared_by * heads for heads in (1, 2, 4)}:
+                residents = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
+                for resident in residents | ({1} if case.queries <= SMALL else set()):
+                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, shared_by=shared_by)
                     if self._fits(plan):
                         yield plan
 

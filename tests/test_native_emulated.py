@@ -31,11 +31,11 @@ TRITON = Target("triton", "cpu")
 
 
 def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo, heads of a block, and tiles of few rows or more."""
+    """A row of the table for each task, form, way to hold the halo and to share it, and tiles of few rows or more."""
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(form, row), row.depth, form)
-        kind = task, form, row.plan.band, row.plan.slots, group, row.plan.tile[0] > 4
+        kind = task, form, row.plan.band, row.plan.slots, row.plan.shared_by, group, row.plan.tile[0] > 4
         found.setdefault(kind, (task, form, row))
     return list(found.values())
 

@@ -18,7 +18,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 [[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
 constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
-constexpr int WARP_HEADS = SUBTILES * GROUP / WARPS;  // heads that a warp takes, one after the other
+constexpr int WARP_HEADS = SUBTILES * SHARED_BY * GROUP / WARPS;  // heads that a warp takes, one after the other
 constexpr bool WHOLE = BANDS == 1;
 constexpr int SEEN_ROWS = WHOLE ? SEEN_H : BAND_H, SEEN_BANDS = ceil_div(SEEN_H, SEEN_ROWS);
 constexpr int SEEN = SEEN_ROWS * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);  // of a band
@@ -36,7 +36,8 @@ constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES
 constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
 constexpr int BAND_BYTES = BAND_PIXELS * CHANNELS * ELEMENT, BAND_ROOM = PARTS * PART_ROOM;
 
-static_assert(SUBTILES * GROUP % WARPS == 0 && WARPS % SUBTILES == 0, "a warp keeps to one subtile");
+static_assert(SUBTILES * SHARED_BY * GROUP % WARPS == 0 && WARPS % (SUBTILES * SHARED_BY) == 0,
+              "a warp keeps to one subtile");
 static_assert(WHOLE || (WARP_HEADS == 1 && SUB_H % BAND_H == 0), "bands pass once, and subtiles begin with one");
 static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 128),
               "what is swizzled together is a whole pattern, or a whole part of one");
@@ -46,12 +47,14 @@ static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 1
 struct Lane {
   int thread, lane, warp, group, member;  // fragments: rows `group` and `group + 8`, columns 2 * `member` and the next
   int sub_y, sub_x, first_head;           // the subtile's first pixel in the tile, and the warp's first head
+  int share;                              // number of the warp among the SHARED_BY of a subtile and head
 
   INLINE Lane() {
     thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = lane >> 2, member = lane & 3;
-    const int subtile = warp % SUBTILES;
+    const int subtile = warp / SHARED_BY % SUBTILES;
+    share = warp % SHARED_BY;
     sub_y = subtile / SUBTILES_X * SUB_H, sub_x = subtile % SUBTILES_X * SUB_W;
-    first_head = warp / SUBTILES * WARP_HEADS;
+    first_head = warp / (SUBTILES * SHARED_BY) * WARP_HEADS;
   }
 
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.

@@ -117,6 +117,7 @@ class Compiled(NamedTuple):
             "TILE_PATTERN": tile_pattern,
             "HALO_PATTERN": halo_pattern,
             "WARPS": plan.warps,
+            "SHARED_BY": plan.shared_by,
             "RESIDENT": plan.resident,
             "CHUNK" if self.task == "forward" else "UNROLL": min(plan.step, held.pairs),
         }

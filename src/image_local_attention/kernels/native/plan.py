@@ -41,7 +41,8 @@ class Plan:
     of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at; in
     aggregate_transpose, those whose weights are under way.
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
-    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
+    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. shared_by:
+    warps that take turns at the pairs of blocks of a subtile and head, in similarity alone.
     """
 
     tile: tuple[int, int]
@@ -51,6 +52,7 @@ class Plan:
     pixel_bytes: int = _PART
     band: int = 0
     slots: int = 1
+    shared_by: int = 1
 
     def group(self, heads: int, depth: int, form: Form) -> int:
         """Heads of a block."""
@@ -138,7 +140,7 @@ def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, int, i
 
 def suits(plan: Plan, group: int, form: Form) -> bool:
     """Whether warps share a block's subtiles and heads evenly; one head each where bands pass."""
-    subtiles = plan.tile[0] * plan.tile[1] // 16
+    subtiles = plan.tile[0] * plan.tile[1] // 16 * plan.shared_by
     if plan.band and plan.warps != subtiles * group:
         return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0

@@ -286,6 +286,15 @@ _TABLE |= {
     for (numbers, planes), rows in tables.items()
     for product in (("half",) if numbers == "half" else ("tf32", "three-pass"))
 }
+# Tiles so small that a scheduler has one warp, unless two take turns at a subtile.
+_TABLE |= {
+    ("similarity", product, planes): (
+        *_TILES_OF_WEIGHTS["single", planes][:-1],
+        Row(64, 21, Plan((4, 8), 4, 2, 1, band=2, slots=2 if planes else 3, shared_by=2)),
+    )
+    for product in ("tf32", "three-pass")
+    for planes in (False, True)
+}
 
 
 def rows() -> list[tuple[str, Form, Row]]:

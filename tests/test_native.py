@@ -156,8 +156,18 @@ def anywhere(monkeypatch):
     launch._native.cache_clear()
 
 
-def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), layout="last", scale=1.0, **more):
-    """What would be compiled for a forward over maps of a layout."""
+def asked(
+    heads=2,
+    depth=32,
+    size=(9, 10),
+    dtype=torch.bfloat16,
+    kernel=(7, 7),
+    layout="last",
+    scale=1.0,
+    task="forward",
+    **more,
+):
+    """What would be compiled for a task over maps of a layout."""
     maps = [torch.zeros(2, heads * depth, *size, dtype=dtype) for _ in range(3)]
     if layout == "last":
         maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
@@ -176,7 +186,7 @@ def asked(heads=2, depth=32, size=(9, 10), dtype=torch.bfloat16, kernel=(7, 7), 
     maps = tuple(split_heads(x, heads) for x in maps)
     maps = *maps, empty_heads(maps[0], depth)
     problem = launches.Problem(rules, heads, heads, size, size)
-    return launch.native("forward", problem, maps)
+    return launch.native(task, problem, maps[:2] if task in plan.UNFUSED else maps)
 
 
 def test_windows_that_slide_over_channels_last_halves_are_served(anywhere):
@@ -205,6 +215,39 @@ def test_windows_that_slide_over_floats_are_served(anywhere):
     assert (planes.form, planes.shape.pad) == (plan.Form("three-pass", True), 1)
     assert asked(dtype=torch.float32, kernel=(21, 21)).plan.band
     assert asked(heads=4, depth=16, dtype=torch.float32).group == 1
+
+
+@pytest.mark.parametrize("task", plan.UNFUSED)
+def test_unfused_operators_are_served_at_any_scale(anywhere, task):
+    for layout, size in ("last", (9, 10)), ("contiguous", (9, 16)):
+        for dtype in torch.bfloat16, torch.float32:
+            for kernel, scale in ((5, 5), 0.0), ((21, 21), 1e-30), ((4, 7), -1.0):
+                served = asked(layout=layout, size=size, dtype=dtype, kernel=kernel, scale=scale, task=task)
+                assert (served.task, served.kernel, served.form.planes) == (task, kernel, layout != "last")
+    assert asked(kernel=(23, 23), task=task) is None
+    assert asked(raster=True, task=task) is None
+    assert asked(border=("mask", "mask"), task=task) is None
+    assert asked(bias=torch.zeros(2, 49), task=task) is None
+
+
+@pytest.mark.parametrize("entry", [native.similarity, native.aggregate, native.aggregate_transpose])
+def test_weights_that_are_no_rows_of_whole_vectors_are_left_to_triton(anywhere, monkeypatch, entry):
+    launched = []
+    monkeypatch.setattr(launch, "Native", lambda compiled, device: lambda *args: launched.append(args))
+    problem = launches.Problem(Rules(Window((3, 3))), 1, 1, (8, 8), (8, 8))
+    maps = [torch.zeros(1, 8, 8, 16).movedim(3, 1).unflatten(1, (1, 16)).movedim(2, 4) for _ in range(2)]
+    served = torch.zeros(1, 1, 8, 8, 9)
+    others = (
+        torch.zeros(1, 1, 9, 8, 8).movedim(2, 4),
+        torch.zeros(1 + 8 * 8 * 9)[1:].view(1, 1, 8, 8, 9),
+        served.bfloat16(),
+    )
+
+    def ask(weight):
+        return entry(*maps, weight, problem) if entry is native.similarity else entry(weight, *maps, problem)
+
+    assert [ask(weight) for weight in (served, *others)] == [True, False, False, False]
+    assert len(launched) == 1
 
 
 @pytest.mark.parametrize(

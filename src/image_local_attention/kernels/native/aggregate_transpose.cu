@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
     // The pixel y, x of the view meets the kept one in slot WINDOW - 1 - (y - kept_y) * KERNEL_W - (x - kept_x).
-    const Number* weights = a.weights + at.pixel(head, halos.y + l.sub_y, halos.x + PAD + l.sub_x) * WINDOW + WINDOW - 1 +
-                            pairs.kept_y * KERNEL_W + pairs.kept_x;
+    const long long first = at.pixel(head, halos.y + l.sub_y, halos.x + PAD + l.sub_x);
+    const Number* weights = a.weights + (first + 1) * WINDOW - 1 + pairs.kept_y * KERNEL_W + pairs.kept_x;
     const auto gather = [&](Gathered& p, int seen_band, int pair) {
       pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
         const Number* weight = weights + (long long)y * (row - KERNEL_W) + x * (WINDOW - 1);

@@ -1,5 +1,5 @@
-// Weights [B, heads, H, W, WINDOW] of queries and the slots of their windows: where those of a pair of pixels lie, and the
-// weights of a tile of queries in shared memory.
+// Weights [B, heads, H, W, WINDOW] of queries and the slots of their windows: which pixels meet in a slot, and the weights
+// of a tile of queries in shared memory.
 
 constexpr int WINDOW = KERNEL_H * KERNEL_W;  // slots
 
@@ -57,8 +57,8 @@ struct Pairs {
 
 // The weights of a tile of queries, [GROUP, TILE_H, TILE_W, WINDOW] in shared memory and in rows of the map.
 struct WeightTile {
-  static constexpr int ROW = TILE_W * WINDOW;        // numbers
-  static constexpr int NEXT = NEXT_ROWS * (ROW - KERNEL_W);  // from a slot to that of the same key and the query 8 later
+  static constexpr int ROW = TILE_W * WINDOW;  // numbers
+  static constexpr int NEXT = NEXT_ROWS * (ROW - KERNEL_W);  // from a key's slot to its slot of the query 8 later
   static_assert(ROW * ELEMENT % 16 == 0, "rows of a tile are copied whole");
 
   Number* numbers;

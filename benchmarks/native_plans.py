@@ -32,6 +32,7 @@ from image_local_attention.kernels.native.plan import Form, Plan, shape, shared,
 DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
+LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # which planes of halves, whose halos have unseen columns, may need
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
@@ -70,8 +71,8 @@ class Problem:
             sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        bands = BANDS if single or not self.form.planes else BANDS[:1]
-        for tile, (band, slots), step in itertools.product(TILES, bands, steps):
+        tiles = TILES if single or not self.form.planes else (*TILES, *LARGE)
+        for tile, (band, slots), step in itertools.product(tiles, BANDS, steps):
             for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
                 shared_by = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in shared_by | ({1} if case.queries <= SMALL else set()):

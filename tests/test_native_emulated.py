@@ -6,6 +6,7 @@ import torch
 from conftest import CUDA, Target
 from emulated import COMPILER, emulated
 from image_local_attention import local_attention
+from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import table
 from problems import for_each
@@ -82,6 +83,15 @@ def test_logits_so_large_that_one_key_has_all_the_weight(largest):
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_value, exact_grad_value, rtol=1e-4, atol=1e-4)
     assert all(x.isfinite().all() for x in results[0])
+
+
+@pytest.mark.parametrize("bytes_of_a_strip", [1, 6000])
+def test_strips(bytes_of_a_strip, monkeypatch):
+    """Of one tile, and of two, where a map has five and heads share no block."""
+    monkeypatch.setattr(launches, "STRIP_BYTES", bytes_of_a_strip)
+    with emulated(late=False) as ran:
+        check(ATTENTION, problem(3, 32, (19, 37), (3, 3), batch=2), TRITON, FP32)
+    assert set(ran) == TASKS
 
 
 @pytest.mark.parametrize("scale", [1e-6, 2.0**50, -0.7])

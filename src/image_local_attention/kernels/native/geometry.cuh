@@ -31,6 +31,8 @@ constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channe
 constexpr int SUMS = DEPTH / 8;              // fragments of a row of results
 [[maybe_unused]] constexpr int TILE_PIXELS = TILE_H * TILE_W;
 constexpr int BAND_PIXELS = BAND_H * HALO_W;
+// Planes of halves are copied row by row, each with all channels; those of floats channel by channel.
+constexpr bool ROWS_OF_PLANES = PLANES && ELEMENT == 2;
 // Channels of more than 128 bytes are copied one part after the other, for they are swizzled within 128.
 constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES = CHANNELS * ELEMENT / PARTS;
 constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
@@ -58,9 +60,11 @@ struct Lane {
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
 
   // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
+  // Rows are ROW pixels apart.
+  template <int ROW = HALO_W>
   INLINE int band_pixel(int seen, int last = SEEN - 1) const {
     const int number = min(seen, last), y = number / SEEN_W;
-    return ((WHOLE ? sub_y : 0) + y) * HALO_W + sub_x + SKIP + number - y * SEEN_W;
+    return ((WHOLE ? sub_y : 0) + y) * ROW + sub_x + SKIP + number - y * SEEN_W;
   }
 };
 
@@ -68,11 +72,14 @@ struct Place {
   int heads, height, width;              // of the maps
   int channel, first_head, x, y, image;  // where this program's tile begins
 
-  // groups of heads lie side by side along the grid's first axis
-  INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
-    const int groups = heads / GROUP, tile_x = blockIdx.x / groups;
-    first_head = (blockIdx.x - tile_x * groups) * GROUP;
-    channel = first_head * DEPTH, x = tile_x * TILE_W, y = blockIdx.y * TILE_H, image = blockIdx.z;
+  // Groups of heads lie side by side along the grid's first axis. Its blocks are taken strip by strip, so many to a row.
+  INLINE Place(int heads, int height, int width, int strip) : heads(heads), height(height), width(width) {
+    const int columns = gridDim.x, rows = gridDim.y, block = blockIdx.y * columns + blockIdx.x;
+    const int first = block / (strip * rows) * strip, across = min(strip, columns - first);
+    const int row = (block - first * rows) / across, column = first + (block - first * rows) % across;
+    const int groups = heads / GROUP, tile_x = column / groups;
+    first_head = (column - tile_x * groups) * GROUP;
+    channel = first_head * DEPTH, x = tile_x * TILE_W, y = row * TILE_H, image = blockIdx.z;
   }
 
   // Where the pixel (y, x) of a head of the group lies in floats [B, heads, H, W].

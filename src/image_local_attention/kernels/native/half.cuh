@@ -1,7 +1,7 @@
 // Maps of halves: fragments and their products, and tiles that are kept in shared memory.
 
 constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
-static_assert(PARTS == 1 && (!PLANES || TILE_PIXELS % 32 == 0), "tiles and bands are copied at once, and a channel of a tile begins on whole vectors of banks");
+static_assert(PARTS == 1, "tiles and bands are copied at once");
 
 using KeptMap = TensorMap;
 
@@ -15,21 +15,25 @@ struct Weights {  // of 16 pixels, the rows, and 16 that are seen
 
 using Seen = u32;  // address of a lane's row of the fragments of 16 pixels of a band
 
-// Address of a lane's row of a fragment, in a tile or band of so many PIXELS: 16 bytes of 8 channels of one pixel, or,
+// Address of a lane's row of a fragment, in a tile or band of so many COLUMNS: 16 bytes of 8 channels of one pixel, or,
 // in planes, of 8 columns of one channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31
-// the channels 8 later.
-template <int PIXELS, int PATTERN>
+// the channels 8 later. pixel: its number; in planes, rows are as far apart as their channels make them.
+template <int COLUMNS, int PATTERN>
 INLINE u32 address_of(u32 start, int lane, int pixel) {
+  static_assert(!PLANES || PATTERN == 16 || 32 * COLUMNS % (8 * PATTERN) == 0, "16 channels are whole patterns");
   if (!PLANES) return start + swizzled(pixel * CHANNELS * 2, PATTERN) ^ (lane >> 4) << 4;
   const int channel = (lane & 7) + (lane >> 4) * 8;
-  return start + swizzled((channel * PIXELS + pixel) * 2, PATTERN);
+  return start + swizzled((channel * COLUMNS + pixel) * 2, PATTERN);
 }
 
 // The same of the channels that are `step` times 16 later.
-template <int PIXELS>
+template <int COLUMNS>
 INLINE u32 at_step(u32 address, int step) {
-  return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
+  return PLANES ? address + step * 16 * COLUMNS * 2 : address ^ step * 32;
 }
+
+// Between rows of so many columns, in what `address_of` counts.
+constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : columns; }
 
 // Logits are in powers of two, by one operation with that of a weight: these are known to no more than 8 or 11 bits.
 INLINE float weight_of(float product, float factor, float less) { return exp2_of(fmaf(product, factor, -less)); }
@@ -62,8 +66,8 @@ struct Kept {
 
   INLINE Kept(u32 tile, const TensorMap& map, const Place& at, const Lane& l) : map(map), at(at), tile(tile) {
     const int number = PLANES ? l.lane & 8 : l.lane & 15;
-    const int pixel = (l.sub_y + number / SUB_W) * TILE_W + l.sub_x + number % SUB_W;
-    row = address_of<TILE_PIXELS, TILE_PATTERN>(tile, l.lane, pixel);
+    const int pixel = (l.sub_y + number / SUB_W) * row_step(TILE_W) + l.sub_x + number % SUB_W;
+    row = address_of<TILE_W, TILE_PATTERN>(tile, l.lane, pixel);
   }
 
   // By one thread, which the barrier still waits for.
@@ -79,7 +83,7 @@ struct Kept {
   INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      load_matrices<PLANES>(kept.of[step], at_step<TILE_PIXELS>(row, head * STEPS + step));
+      load_matrices<PLANES>(kept.of[step], at_step<TILE_W>(row, head * STEPS + step));
 #pragma unroll
       for (int i = 0; i < 4; i++) kept.of[step][i] ^= flip;
     }
@@ -91,7 +95,7 @@ struct Kept {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       u32 mine[4];
-      load_matrices<PLANES>(mine, at_step<TILE_PIXELS>(row, head * STEPS + step));
+      load_matrices<PLANES>(mine, at_step<TILE_W>(row, head * STEPS + step));
       low += product_of_two(other.of[step][0], mine[0]) + product_of_two(other.of[step][2], mine[2]);
       high += product_of_two(other.of[step][1], mine[1]) + product_of_two(other.of[step][3], mine[3]);
     }
@@ -103,7 +107,7 @@ struct Kept {
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
-      store_matrices<PLANES>(at_step<TILE_PIXELS>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
+      store_matrices<PLANES>(at_step<TILE_W>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
                       pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
     }
   }
@@ -121,8 +125,9 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
 }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const int pixel = PLANES ? l.band_pixel(16 * pair + (l.lane & 8), SEEN - 8) : l.band_pixel(16 * pair + (l.lane & 15));
-  return address_of<BAND_PIXELS, HALO_PATTERN>(band, l.lane, pixel);
+  const int first = 16 * pair + (PLANES ? l.lane & 8 : l.lane & 15);
+  const int pixel = l.band_pixel<row_step(HALO_W)>(first, PLANES ? SEEN - 8 : SEEN - 1);
+  return address_of<HALO_W, HALO_PATTERN>(band, l.lane, pixel);
 }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
@@ -130,7 +135,7 @@ INLINE void add_scores(float (&s)[2][4], const Fragments& kept, Seen seen, u32 m
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    load_matrices<PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
     multiply_halves<BF16>(s[0], kept.of[step], r[0], r[2]);
     multiply_halves<BF16>(s[1], kept.of[step], r[1], r[3]);
   }
@@ -141,7 +146,7 @@ INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, Seen see
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<!PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
+    load_matrices<!PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
     multiply_halves<BF16>(sum[2 * step], weights.of, r[0], r[1]);
     multiply_halves<BF16>(sum[2 * step + 1], weights.of, r[2], r[3]);
   }

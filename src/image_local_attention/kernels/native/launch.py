@@ -14,7 +14,7 @@ from ...window import Window
 from .. import gpu as gpus
 from ..geometry import Span
 from ..integers import cdiv
-from ..launch import MOST_PROGRAMS, Problem
+from ..launch import MOST_PROGRAMS, Problem, strip_tiles
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, strided_map, tensor_map
@@ -29,7 +29,8 @@ _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is
 class Arguments(NamedTuple):
     """Of a kernel, as its struct of that name has them: maps, then numbers.
 
-    kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`.
+    kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`,
+    the last is of the launch.
     """
 
     kept: tuple[bool, ...]
@@ -37,9 +38,9 @@ class Arguments(NamedTuple):
 
 
 ARGUMENTS = {
-    "forward": Arguments((True, False, False, True), "<QiiifI"),
-    "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
-    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffI"),
+    "forward": Arguments((True, False, False, True), "<QiiifIi"),
+    "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffIi"),
+    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffIi"),
 }
 
 _serving = True
@@ -144,15 +145,18 @@ def text(name: str) -> str:
 
 
 class Native:
-    """A launch of a task over kept tiles of some maps and the halos of others."""
+    """A launch of a task over kept tiles of some maps and the halos of others.
 
-    def __init__(self, compiled: Compiled, device: torch.device) -> None:
+    strip: blocks of a row before the next row comes.
+    """
+
+    def __init__(self, compiled: Compiled, device: torch.device, strip: int) -> None:
         self._kernel, self._device = _loaded(compiled, device), device.index
-        self._group, self._tile = compiled.group, compiled.plan.tile
+        self._group, self._tile, self._strip = compiled.group, compiled.plan.tile, strip
         channels, form = compiled.group * compiled.depth, compiled.form
         pixels = self._tile, compiled.shape.band
         tile, halo = (
-            functools.partial(tensor_map, form.planes, box(size, channels, form), pattern)
+            functools.partial(tensor_map, form.axes, box(size, channels, form), pattern)
             for size, pattern in zip(pixels, compiled.patterns, strict=True)
         )
         kept = tile if form.product == "half" else strided_map
@@ -167,7 +171,7 @@ class Native:
         th, tw = self._tile
         grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel(grid, b"".join((*described, self._pack(*numbers))))
+            self._kernel(grid, b"".join((*described, self._pack(*numbers, self._strip))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -223,7 +227,9 @@ def _native(
     plan = forced or choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
-    return Native(Compiled(task, plan, form, dtype, depth, plan.group(heads, depth, form), kernel, lead), device)
+    group, halos = plan.group(heads, depth, form), ARGUMENTS[task].kept.count(False)
+    strip = heads // group * strip_tiles(plan.tile[0] + kernel[0] - 1, plan.tile[1], halos * heads * depth * element)
+    return Native(Compiled(task, plan, form, dtype, depth, group, kernel, lead), device, strip)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:

@@ -27,6 +27,13 @@ class Form(NamedTuple):
         return 2 if self.product == "half" else 4
 
     @property
+    def axes(self) -> str:
+        """Of a copy: channels, columns and rows, those side by side first; fragments of halves take rows of planes."""
+        if not self.planes:
+            return "cxy"
+        return "xcy" if _in_blocks(self) else "xyc"
+
+    @property
     def vector(self) -> int:
         """Columns that a copy of planes begins on a multiple of."""
         return _VECTOR // self.element
@@ -83,8 +90,7 @@ class Shape(NamedTuple):
 def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
-    blocks = form.planes and form.product == "half"  # planes of halves are seen in blocks of 8 columns
-    sub = (2, 8) if blocks else (4, 4)
+    blocks, sub = _in_blocks(form), _subtile(form)
     pad = -lead % form.vector if form.planes else 0
     skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
     seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
@@ -92,46 +98,56 @@ def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
         seen_w = cdiv(seen_w, 8 if blocks else 2) * (8 if blocks else 2)
     rows, cols = plan.band or th + kh - 1, skip + tw - sub[1] + seen_w
     if form.planes:
-        rows, cols = _apart(rows, cols, not plan.band, form)
+        cols = cdiv(cols, form.vector) * form.vector
+        if not blocks:
+            rows, cols = _apart(rows, cols, not plan.band)
     return Shape(sub, (seen_h, seen_w), (rows, cols), cdiv(th + kh - 1, rows), pad, skip)
 
 
-def _apart(rows: int, cols: int, may_grow: bool, form: Form) -> tuple[int, int]:
-    """Of a band of planes: as many or a few more, so that the channels of a fragment lie in different banks.
+def _in_blocks(form: Form) -> bool:
+    """Whether pixels are seen in blocks of 8 columns."""
+    return form.planes and form.product == "half"
 
-    may_grow: in its rows too. Floats in bands of four rows find no such width: two channels share a bank.
+
+def _subtile(form: Form) -> tuple[int, int]:
+    return (2, 8) if _in_blocks(form) else (4, 4)
+
+
+def _apart(rows: int, cols: int, may_grow: bool) -> tuple[int, int]:
+    """Of a band of planes of floats: as many or a few more, so that the channels of a fragment lie in different banks.
+
+    may_grow: in its rows too. Bands of four rows find no such width: two channels share a bank.
     """
-    vector = form.vector
-    least = cdiv(cols, vector) * vector
-    if form.product == "half":
-        return rows + (may_grow and rows % 2 == 0), least
-    choices = [(h, least + vector * more) for h in range(rows, rows + (4 if may_grow else 1)) for more in range(4)]
+    choices = [(h, cols + 4 * more) for h in range(rows, rows + (4 if may_grow else 1)) for more in range(4)]
     apart = [(h, w) for h, w in choices if h * w % 16 == 8]
-    return min(apart, key=lambda size: size[0] * size[1], default=(rows, least))
+    return min(apart, key=lambda size: size[0] * size[1], default=(rows, cols))
 
 
 def patterns(plan: Plan, held: Shape, channels: int, form: Form) -> tuple[int, int]:
-    """Bytes of the patterns that copies of tiles and of bands are swizzled in: of a copy's rows; 16 is none.
-
-    In planes of halves, a band is swizzled where its rows would put every other channel in the same banks.
-    """
+    """Bytes of the patterns that copies of tiles and of bands are swizzled in; 16 is none."""
     if form.product != "half":
         return 16, 16 if form.planes else min(_PART, channels * form.element)
     if form.planes:
-        return 2 * plan.tile[1], 64 if held.band[1] == 32 else 16
+        return _pattern(2 * plan.tile[1]), _pattern(2 * held.band[1])
     return 2 * channels, 2 * channels
 
 
-def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, int, int]:
-    """What a copy takes of a map's first three axes: columns, rows and channels, or channels, columns and rows."""
-    rows, cols = pixels
-    return (cols, rows, channels) if form.planes else (min(channels, _PART // form.element), cols, rows)
+def _pattern(row: int) -> int:
+    """Of rows of so many bytes: as wide, or none. Copies whose rows are narrower than a pattern go wrong."""
+    return row if row in (32, 64, 128) else 16
+
+
+def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, ...]:
+    """What a copy takes of each of its axes."""
+    most = channels if form.planes else min(channels, _PART // form.element)
+    takes = {"c": most, "x": pixels[1], "y": pixels[0]}
+    return tuple(takes[axis] for axis in form.axes)
 
 
 def suits(plan: Plan, group: int, form: Form) -> bool:
-    """Whether warps share a block's subtiles and heads evenly; one head each where bands pass."""
+    """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band."""
     subtiles = plan.tile[0] * plan.tile[1] // 16
-    if plan.band and plan.warps != subtiles * group:
+    if plan.band and (plan.warps != subtiles * group or _subtile(form)[0] % plan.band):
         return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 

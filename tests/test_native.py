@@ -99,7 +99,7 @@ def agreement(compiled: launch.Compiled) -> str:
     maps = "+".join(f"sizeof({'KeptMap' if kept else 'TensorMap'})" for kept in arguments.kept)
     facts = (
         f"PAIRS == {compiled.shape.pairs}",
-        f"__builtin_offsetof(Arguments, strip) + 4 == {maps} + {struct.calcsize(arguments.numbers)}",
+        f"__builtin_offsetof(Arguments, flip) + 4 == {maps} + {struct.calcsize(arguments.numbers)}",
         f"Halos::ROOM + {tiles} * Kept::ROOM + Halos::BARRIERS + {queries} == {compiled.shared}",
     )
     return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
@@ -145,7 +145,7 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(launch, "_available", lambda device: True)
     monkeypatch.setattr(launch.gpus, "of", lambda device: gpu.Gpu(90, True))
     monkeypatch.setattr(launch, "_shared_limit", lambda device: SHARED)
-    monkeypatch.setattr(launch, "Native", lambda compiled, device, strip: compiled)
+    monkeypatch.setattr(launch, "Native", lambda compiled, device: compiled)
     launch._native.cache_clear()
     yield
     launch._native.cache_clear()

@@ -8,7 +8,6 @@ struct Arguments {
   int height, width, heads;
   float factor;  // of products, positive: to logits
   u32 flip;      // of the kept maps' signs, where the scale is negative
-  int strip;     // blocks of a row before the next row comes
 };
 
 constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
@@ -55,7 +54,7 @@ struct Softmax {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
   const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + Kept::ROOM;
-  const Place at(a.heads, a.height, a.width, a.strip);
+  const Place at(a.heads, a.height, a.width);
   const Lane l;
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l), out(tile, a.out, at, l);

@@ -72,11 +72,14 @@ struct Place {
   int heads, height, width;              // of the maps
   int channel, first_head, x, y, image;  // where this program's tile begins
 
-  // Groups of heads lie side by side along the grid's first axis. Its blocks are taken strip by strip, so many to a row.
-  INLINE Place(int heads, int height, int width, int strip) : heads(heads), height(height), width(width) {
-    const int columns = gridDim.x, rows = gridDim.y, block = blockIdx.y * columns + blockIdx.x;
-    const int first = block / (strip * rows) * strip, across = min(strip, columns - first);
-    const int row = (block - first * rows) / across, column = first + (block - first * rows) % across;
+  // Groups of heads lie side by side along the grid's first axis, whose blocks come STRIP by STRIP where these are given.
+  INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
+    int column = blockIdx.x, row = blockIdx.y;
+    if (STRIP) {
+      const int columns = gridDim.x, rows = gridDim.y, block = row * columns + column;
+      const int first = block / (max(STRIP, 1) * rows) * STRIP, across = min(STRIP, columns - first);
+      row = (block - first * rows) / across, column = first + (block - first * rows) % across;
+    }
     const int groups = heads / GROUP, tile_x = column / groups;
     first_head = (column - tile_x * groups) * GROUP;
     channel = first_head * DEPTH, x = tile_x * TILE_W, y = row * TILE_H, image = blockIdx.z;

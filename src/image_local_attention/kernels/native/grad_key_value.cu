@@ -9,7 +9,6 @@ struct Arguments {
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
   u32 flip;             // of the kept maps' signs, where the scale is negative
-  int strip;            // blocks of a row before the next row comes
 };
 
 constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
@@ -40,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   extern __shared__ __align__(1024) unsigned char raw[];
   const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + 2 * Kept::ROOM;
   Query* queries = reinterpret_cast<Query*>(raw + (barriers + Halos::BARRIERS - start));
-  const Place at(a.heads, a.height, a.width, a.strip);
+  const Place at(a.heads, a.height, a.width);
   const Lane l;
   const Halos halos(start, barriers, a.query, a.grad_out, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
   const Kept key(tile, a.key, at, l), value(tile + Kept::ROOM, a.value, at, l);

@@ -10,13 +10,12 @@ struct Arguments {
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
   u32 flip;             // of the kept maps' signs, where the scale is negative
-  int strip;            // blocks of a row before the next row comes
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
   const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + 3 * Kept::ROOM;
-  const Place at(a.heads, a.height, a.width, a.strip);
+  const Place at(a.heads, a.height, a.width);
   const Lane l;
   const Rows rows(at, l);
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);

@@ -29,8 +29,7 @@ _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is
 class Arguments(NamedTuple):
     """Of a kernel, as its struct of that name has them: maps, then numbers.
 
-    kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`,
-    the last is of the launch.
+    kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`.
     """
 
     kept: tuple[bool, ...]
@@ -38,9 +37,9 @@ class Arguments(NamedTuple):
 
 
 ARGUMENTS = {
-    "forward": Arguments((True, False, False, True), "<QiiifIi"),
-    "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffIi"),
-    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffIi"),
+    "forward": Arguments((True, False, False, True), "<QiiifI"),
+    "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
+    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffI"),
 }
 
 _serving = True
@@ -70,7 +69,10 @@ def using(task: str, plan: Plan) -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes."""
+    """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes.
+
+    strip: blocks of a row before the next row comes, 0 is all; to work it out costs a block time before its copies begin.
+    """
 
     task: str
     plan: Plan
@@ -80,6 +82,7 @@ class Compiled(NamedTuple):
     group: int
     kernel: tuple[int, int]
     lead: tuple[int, int]
+    strip: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -102,6 +105,7 @@ class Compiled(NamedTuple):
             "PASSES": 3 if self.form.product == "three-pass" else 1,
             "KEPT_MAPS": 1 if self.task == "forward" else 2,
             "DEPTH": self.depth,
+            "STRIP": self.strip,
             "GROUP": self.group,
             "LEAD_Y": self.lead[0],
             "LEAD_X": self.lead[1],
@@ -145,14 +149,11 @@ def text(name: str) -> str:
 
 
 class Native:
-    """A launch of a task over kept tiles of some maps and the halos of others.
+    """A launch of a task over kept tiles of some maps and the halos of others."""
 
-    strip: blocks of a row before the next row comes.
-    """
-
-    def __init__(self, compiled: Compiled, device: torch.device, strip: int) -> None:
+    def __init__(self, compiled: Compiled, device: torch.device) -> None:
         self._kernel, self._device = _loaded(compiled, device), device.index
-        self._group, self._tile, self._strip = compiled.group, compiled.plan.tile, strip
+        self._group, self._tile = compiled.group, compiled.plan.tile
         channels, form = compiled.group * compiled.depth, compiled.form
         pixels = self._tile, compiled.shape.band
         tile, halo = (
@@ -171,7 +172,7 @@ class Native:
         th, tw = self._tile
         grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel(grid, b"".join((*described, self._pack(*numbers, self._strip))))
+            self._kernel(grid, b"".join((*described, self._pack(*numbers))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -228,8 +229,9 @@ def _native(
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
     group, halos = plan.group(heads, depth, form), ARGUMENTS[task].kept.count(False)
-    strip = heads // group * strip_tiles(plan.tile[0] + kernel[0] - 1, plan.tile[1], halos * heads * depth * element)
-    return Native(Compiled(task, plan, form, dtype, depth, group, kernel, lead), device, strip)
+    tiles = strip_tiles(plan.tile[0] + kernel[0] - 1, plan.tile[1], halos * heads * depth * element)
+    strip = heads // group * tiles if tiles < cdiv(w, plan.tile[1]) else 0
+    return Native(Compiled(task, plan, form, dtype, depth, group, kernel, lead, strip), device)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:

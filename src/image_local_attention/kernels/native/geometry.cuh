@@ -1,22 +1,23 @@
 // What a program keeps and what it sees, and where its pixels lie.
 //
-// A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads. A warp takes a subtile of 16 pixels, the rows of a
-// matrix instruction, against only the pixels of the halo that this subtile's windows see, 16 a step. Subtiles keep
-// queries and see keys, or keep keys and see queries: pixel t of a subtile meets pixel h of its halo if
-// 0 <= h - t < KERNEL, on each axis.
+// A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads. A warp takes a subtile of SUB_H x SUB_W against only the
+// pixels of the halo that this subtile's windows see, 16 a step. A subtile is one unit of 16 pixels, the rows of a matrix
+// instruction, or two, which see more between them but share what is read of it. Subtiles keep queries and see keys, or
+// keep keys and see queries: pixel t of a subtile meets pixel h of its halo if 0 <= h - t < KERNEL, on each axis.
 //
 // The halo comes in bands of BAND_H rows: all in one, or several, which take turns in SLOTS places of shared memory. Its
 // columns are those that are seen and, where copies begin on whole vectors or addresses ask for it, PAD more before and
 // some behind; subtiles see a band's columns from their own first one and SKIP on.
 //
-// Where channels lie side by side, or numbers are floats, subtiles are 4x4 pixels, and pixels are seen one by one.
-// Where columns of halves do, subtiles are 2x8, and pixels are seen in blocks of 8 columns.
+// Where channels lie side by side, or numbers are floats, units are 4x4 pixels, and pixels are seen one by one.
+// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns.
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-[[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
+constexpr int UNITS = SUB_H * SUB_W / 16, UNITS_X = SUB_W / UNIT_W;
+constexpr int NEXT_ROWS = 8 / UNIT_W;  // from the pixel of a fragment's row to that of 8 rows later
 constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
 constexpr int WARP_HEADS = SUBTILES * GROUP / WARPS;  // heads that a warp takes, one after the other
 constexpr bool WHOLE = BANDS == 1;
@@ -91,13 +92,22 @@ struct Place {
   }
 };
 
-// The two kept pixels of a lane, those of the rows `group` and `group + 8` of its fragments.
+// Where a row of a unit's fragments lies in its subtile.
+constexpr INLINE int row_y(int unit, int row) { return unit / UNITS_X * UNIT_H + row / UNIT_W; }
+constexpr INLINE int row_x(int unit, int row) { return unit % UNITS_X * UNIT_W + row % UNIT_W; }
+
+// A number of each of a lane's two kept pixels of a unit, those of the rows `group` and `group + 8` of its fragments.
+struct Pair {
+  float low, high;
+};
+
+// These pixels.
 struct Rows {
   int y, x;  // of the first
   bool low_there, high_there;
 
-  INLINE Rows(const Place& at, const Lane& l) {
-    y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
+  INLINE Rows(const Place& at, const Lane& l, int unit) {
+    y = at.y + l.sub_y + row_y(unit, l.group), x = at.x + l.sub_x + row_x(unit, l.group);
     low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
   }
 };
@@ -117,4 +127,10 @@ template <int N>
 INLINE void zero(float (&sum)[N][4]) {
 #pragma unroll
   for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+}
+
+template <int N>
+INLINE void zero(float (&sums)[UNITS][N][4]) {
+#pragma unroll
+  for (int unit = 0; unit < UNITS; unit++) zero(sums[unit]);
 }

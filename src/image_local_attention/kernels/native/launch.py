@@ -18,7 +18,7 @@ from ..launch import MOST_PROGRAMS, Problem, strip_tiles
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, strided_map, tensor_map
-from .plan import Form, Plan, Shape, box, patterns, shape, shared
+from .plan import Form, Plan, Shape, box, patterns, shape, shared, unit
 from .table import choose
 
 _ARCH = 90  # the first with tensor copies
@@ -71,7 +71,7 @@ def using(task: str, plan: Plan) -> Iterator[None]:
 class Compiled(NamedTuple):
     """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes.
 
-    strip: blocks of a row before the next row comes, 0 is all; to work it out costs a block time before its copies begin.
+    strip: blocks of a row before the next row comes, 0 is all; working it out delays a block's copies.
     """
 
     task: str
@@ -96,7 +96,7 @@ class Compiled(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
         held, plan, (tile_pattern, halo_pattern) = self.shape, self.plan, self.patterns
-        sizes = {"KERNEL": self.kernel, "TILE": plan.tile, "SUB": held.sub, "SEEN": held.seen}
+        sizes = {"KERNEL": self.kernel, "TILE": plan.tile, "UNIT": unit(self.form), "SUB": held.sub, "SEEN": held.seen}
         names = {f"{name}_{axis}": size for name, both in sizes.items() for axis, size in zip("HW", both, strict=True)}
         names |= {
             "BF16": int(self.dtype == torch.bfloat16),

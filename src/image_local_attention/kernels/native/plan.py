@@ -46,7 +46,8 @@ class Plan:
     resident: blocks that are to share a multiprocessor, which bounds the registers of a thread. step: pairs of blocks
     of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at.
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
-    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once.
+    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. units: of 16
+    pixels that a warp takes, one or two, which share what is read of a halo but hold twice as many registers.
     """
 
     tile: tuple[int, int]
@@ -56,6 +57,7 @@ class Plan:
     pixel_bytes: int = _PART
     band: int = 0
     slots: int = 1
+    units: int = 1
 
     def group(self, heads: int, depth: int, form: Form) -> int:
         """Heads of a block."""
@@ -90,7 +92,7 @@ class Shape(NamedTuple):
 def shape(plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
-    blocks, sub = _in_blocks(form), _subtile(form)
+    blocks, sub = _in_blocks(form), _subtile(plan, form)
     pad = -lead % form.vector if form.planes else 0
     skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
     seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
@@ -109,8 +111,15 @@ def _in_blocks(form: Form) -> bool:
     return form.planes and form.product == "half"
 
 
-def _subtile(form: Form) -> tuple[int, int]:
+def unit(form: Form) -> tuple[int, int]:
+    """Rows and columns of the 16 pixels of a matrix instruction."""
     return (2, 8) if _in_blocks(form) else (4, 4)
+
+
+def _subtile(plan: Plan, form: Form) -> tuple[int, int]:
+    """Of a warp: units one below the other where they are wide, else side by side."""
+    h, w = unit(form)
+    return (plan.units * h, w) if w > h else (h, plan.units * w)
 
 
 def _apart(rows: int, cols: int, may_grow: bool) -> tuple[int, int]:
@@ -146,8 +155,9 @@ def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, ...]:
 
 def suits(plan: Plan, group: int, form: Form) -> bool:
     """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band."""
-    subtiles = plan.tile[0] * plan.tile[1] // 16
-    if plan.band and (plan.warps != subtiles * group or _subtile(form)[0] % plan.band):
+    (th, tw), (sub_h, sub_w) = plan.tile, _subtile(plan, form)
+    subtiles = th // sub_h * (tw // sub_w)
+    if th % sub_h or tw % sub_w or (plan.band and (plan.warps != subtiles * group or sub_h % plan.band)):
         return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 

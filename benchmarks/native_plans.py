@@ -35,6 +35,7 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
+LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # which planes of halves, whose halos have unseen columns, may need
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
@@ -75,15 +76,16 @@ class Problem:
             sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        bands = BANDS if single or not self.form.planes else BANDS[:1]
+        bands, sharing = BANDS, ((1, 1),)  # units of a warp, and warps of a unit
         if self.task in UNFUSED:
             sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
-        sharing = (1, 2) if self.task == "similarity" else (1,)
-        for tile, (band, slots), step, shared_by in itertools.product(TILES, bands, steps, sharing):
-            for warps in {tile[0] * tile[1] // 16 * shared_by * heads for heads in (1, 2, 4)}:
+            sharing = ((1, 1), (2, 1), (1, 2)) if self.task == "similarity" else ((1, 1), (2, 1))
+        tiles = TILES if single or not self.form.planes else (*TILES, *LARGE)
+        for tile, (band, slots), step, (units, shared_by) in itertools.product(tiles, bands, steps, sharing):
+            for warps in {tile[0] * tile[1] // (16 * units) * shared_by * heads for heads in (1, 2, 4)}:
                 residents = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in residents | ({1} if case.queries <= SMALL else set()):
-                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, shared_by=shared_by)
+                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=shared_by)
                     if self._fits(plan):
                         yield plan
 
@@ -93,9 +95,7 @@ class Problem:
         takes = shared(self.task, plan, group, self.case.depth, self.kernel, held, self.form) + RESERVED
         if takes * plan.resident > limit() + RESERVED or plan.step > held.pairs or max(held.band) > MOST_COPIED:
             return False
-        if plan.band and (held.bands == 1 or held.sub[0] % plan.band):
-            return False
-        return suits(plan, group, self.form)
+        return suits(self.task, plan, group, self.form) and not (plan.band and held.bands == 1)
 
 
 def limit() -> int:

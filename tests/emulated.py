@@ -59,12 +59,13 @@ def library(compiled: launch.Compiled) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
+def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
     """As `emulator.h` reads it."""
     batch, heads, h, w, depth = x.shape
     element = x.element_size()
-    sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
-    steps = (x.stride(axis) * element for axis in ((2, 4, 0) if planes else (3, 2, 0)))
+    of_axes = {"c": (heads * depth, x.stride(4)), "x": (w, x.stride(3)), "y": (h, x.stride(2))}
+    sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, x.stride(0)), strict=True)
+    steps = (step * element for step in steps[1:])
     return struct.pack("<13Q24x", x.data_ptr(), element, pattern, *sizes, *steps, *box)
 
 

@@ -55,7 +55,7 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 
 alignas(1024) unsigned char raw[232448];
 
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 // As the tests pack it: sizes and steps of the axes, the innermost first, of a map of 2 or 4 bytes a number.
 struct alignas(64) TensorMap {
@@ -433,6 +433,7 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
   threads.clear();
   threads.resize(count);
   for (Thread& thread : threads) thread.stack.resize(STACK);
+  gridDim.x = grid[0], gridDim.y = grid[1], gridDim.z = grid[2];
   for (int z = 0; z < grid[2]; z++)
     for (int y = 0; y < grid[1]; y++)
       for (int x = 0; x < grid[0]; x++) {

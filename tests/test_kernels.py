@@ -145,6 +145,22 @@ def test_every_tile_and_block(shape, planes, monkeypatch):
     assert_plan_is_right(3, (3, 6), torch.float32, planes, "cpu")
 
 
+@pytest.mark.skipif(CUDA, reason="what an interpreter shows")
+@pytest.mark.parametrize("bytes_of_a_strip", [1, 24_000])
+def test_strips(bytes_of_a_strip, monkeypatch):
+    """Rows of tiles are taken in parts of one tile, or of three and a rest."""
+    monkeypatch.setattr(launch, "STRIP_BYTES", bytes_of_a_strip)
+    asked, tile_grid = [], launch.tile_grid
+    monkeypatch.setattr(launch, "tile_grid", lambda *args: asked.append(tile_grid(*args)) or asked[-1])
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 6, 11, 50, generator=generator, requires_grad=True) for _ in range(3)]
+    results = [local_attention(*maps, 3, heads=2, dilation=2, backend=backend) for backend in ("triton", "reference")]
+    grads = [torch.autograd.grad(out.square().sum(), maps) for out in results]
+    for got, want in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert all(len(grid) == 3 and grid[0] > 4 for grid in asked)
+
+
 def _check_row(job) -> str | None:
     task, product, planes, row = job
     choose = plan.choose

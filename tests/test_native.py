@@ -22,15 +22,15 @@ SHARED = 227 * 1024
 needs_nvrtc = pytest.mark.skipif(NVRTC is None, reason="NVRTC is not installed")
 
 
-def heads_for(form: plan.Form, row: table.Row) -> int:
+def heads_for(task: str, form: plan.Form, row: table.Row) -> int:
     """The most heads that share a block of this plan."""
     most = 1 if form.planes else max(1, row.plan.pixel_bytes // (form.element * row.depth))
     fitting = (heads for heads in (4, 2, 1) if heads <= most)
-    return next(heads for heads in fitting if plan.suits(row.plan, row.plan.group(heads, row.depth, form), form))
+    return next(heads for heads in fitting if plan.suits(task, row.plan, row.plan.group(heads, row.depth, form), form))
 
 
 def compiled_for(task, form: plan.Form, row: table.Row, kernel: tuple[int, int], dtype=None) -> launch.Compiled:
-    group = row.plan.group(heads_for(form, row), row.depth, form)
+    group = row.plan.group(heads_for(task, form, row), row.depth, form)
     lead = kernel[0] // 2, kernel[1] // 2
     dtype = dtype or (torch.bfloat16 if form.product == "half" else torch.float32)
     return launch.Compiled(task, row.plan, form, dtype, row.depth, group, kernel, lead)
@@ -38,7 +38,7 @@ def compiled_for(task, form: plan.Form, row: table.Row, kernel: tuple[int, int],
 
 def row_name(job) -> str:
     task, form, row = job
-    layout, heads = "planes" if form.planes else "rows", heads_for(form, row)
+    layout, heads = "planes" if form.planes else "rows", heads_for(task, form, row)
     size = "small-" if row.pixels < 2**20 else ""
     return (
         f"{task}-{form.product}-{size}{layout}-{heads}x{row.depth}-k{row.kernel}-{row.plan.tile[0]}x{row.plan.tile[1]}"
@@ -113,10 +113,10 @@ def agreement(compiled: launch.Compiled) -> str:
 def test_every_row_is_taken_by_what_it_names():
     for task, form, row in table.rows():
         kernel = (row.kernel, row.kernel)
-        heads = heads_for(form, row)
+        heads = heads_for(task, form, row)
         chosen = table.choose(task, form, heads, row.depth, row.pixels, kernel, row.kernel // 2, SHARED)
         assert chosen is not None
-        assert plan.suits(chosen, chosen.group(heads, row.depth, form), form)
+        assert plan.suits(task, chosen, chosen.group(heads, row.depth, form), form)
 
 
 HALF = plan.Form("half", False)

@@ -6,8 +6,10 @@ import torch
 from conftest import CUDA, Target
 from emulated import COMPILER, emulated
 from image_local_attention import local_attention
+from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import table
+from image_local_attention.kernels.native.plan import Plan
 from problems import for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
 from test_native import heads_for, row_name
@@ -34,7 +36,7 @@ def kinds() -> list:
     """A row of the table for each task, form, way to hold the halo and to share it, and tiles of few rows or more."""
     found = {}
     for task, form, row in table.rows():
-        group = row.plan.group(heads_for(form, row), row.depth, form)
+        group = row.plan.group(heads_for(task, form, row), row.depth, form)
         kind = task, form, row.plan.band, row.plan.slots, row.plan.shared_by, group, row.plan.tile[0] > 4
         found.setdefault(kind, (task, form, row))
     return list(found.values())
@@ -45,7 +47,7 @@ def kinds() -> list:
 def test_plans_are_within_their_budgets(job, late):
     """On maps of several tiles each way and a remainder, whose rows of weights are whole vectors, and are not."""
     task, form, row = job
-    heads, layout = heads_for(form, row), "contiguous" if form.planes else "channels_last"
+    heads, layout = heads_for(task, form, row), "contiguous" if form.planes else "channels_last"
     widths = (24,) if form.planes else (19, 24) if task in UNFUSED else (19,)
     judge = check_tf32 if form.product == "tf32" else check
     with native.using(task, row.plan), emulated(late) as ran:
@@ -53,6 +55,20 @@ def test_plans_are_within_their_budgets(job, late):
             each = problem(heads, row.depth, (11, width), (6, 5), layouts=(layout,) * 4)
             judge(operator_of(task), each, TRITON, torch.bfloat16 if form.product == "half" else FP32)
     assert task in ran
+
+
+@pytest.mark.parametrize("task", sorted(UNFUSED))
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP32], ids=["bf16", "fp32"])
+def test_two_units_of_a_warp_and_two_warps_of_a_unit(task, planes, dtype):
+    layouts = ("contiguous" if planes else "channels_last",) * 4
+    plans = [Plan((8, 16), 4, 1, 2, units=2), Plan((8, 16), 4, 1, 1, band=2, slots=3, units=2)]
+    if task == "similarity":
+        plans += [Plan((4, 16), 8, 1, 2, shared_by=2), Plan((4, 16), 8, 1, 1, band=2, slots=2, shared_by=2)]
+    for plan in plans:
+        with native.using(task, plan), emulated(late=True) as ran:
+            check(operator_of(task), problem(1, 32, (11, 24), (9, 6), layouts=layouts), TRITON, dtype)
+        assert task in ran
 
 
 # What is left to Triton runs under its interpreter, which has no bf16.
@@ -112,6 +128,15 @@ def test_logits_so_large_that_one_key_has_all_the_weight(largest):
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_value, exact_grad_value, rtol=1e-4, atol=1e-4)
     assert all(x.isfinite().all() for x in results[0])
+
+
+@pytest.mark.parametrize("bytes_of_a_strip", [1, 6000])
+def test_strips(bytes_of_a_strip, monkeypatch):
+    """Of one tile, and of two, where a map has five and heads share no block."""
+    monkeypatch.setattr(launches, "STRIP_BYTES", bytes_of_a_strip)
+    with emulated(late=False) as ran:
+        check(ATTENTION, problem(3, 32, (19, 37), (3, 3), batch=2), TRITON, FP32)
+    assert set(ran) == FUSED
 
 
 @pytest.mark.parametrize("scale", [1e-6, 2.0**50, -0.7])

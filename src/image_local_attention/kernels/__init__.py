@@ -110,6 +110,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, delta: Tensor
             TH=chosen.tile[0],
             TW=chosen.tile[1],
             FLAT=len(grid) == 1,
+            STRIP=0,
             WIDE=wide((grad_out, out, *floats)),
             num_warps=chosen.warps,
             num_stages=chosen.stages,

@@ -64,7 +64,7 @@ def forward_kernel(
     BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr,
     SIGN: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def forward_kernel(
 
     `scale_log2` and `scale` are positive, SIGN that of the scale. GROUP heads of queries share one of keys and values.
     """
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
     k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
     v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
@@ -155,10 +155,10 @@ def delta_kernel(
     H, W, heads,
     D: tl.constexpr, DP: tl.constexpr,
     Y: tl.constexpr, X: tl.constexpr,
-    TH: tl.constexpr, TW: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(grad_out * out) - grad_lse per pixel and head, so that dS = P * (dP - delta)."""
-    i_b, i_h, _, _, y0, x0 = program_tile(H, W, heads, TH, TW, 0, FLAT, Y, X)
+    i_b, i_h, _, _, y0, x0 = program_tile(H, W, heads, TH, TW, 0, FLAT, STRIP, Y, X)
     b_g = load_block(g_ptr, g_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_o = load_block(o_ptr, o_s, i_b, i_h, y0, x0, H, W, TH, TW, D, DP, "pointer", WIDE)
     b_delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
@@ -177,12 +177,12 @@ def grad_query_kernel(
     BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * sum_ij dS_ij k_ij over the keys that the tile's queries see. Delta lies as the log-sum-exp does."""
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
     k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
     v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)
@@ -273,7 +273,7 @@ def grad_key_value_kernel(
     BY_DISPLACEMENT: tl.constexpr, ROW: tl.constexpr, WARPS: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr, V_WAY: tl.constexpr, G_WAY: tl.constexpr,
     HOIST: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -283,7 +283,7 @@ def grad_key_value_kernel(
     that folds to them. HOIST: blocks go column by column, each with the visibility of its columns in registers, else in
     one loop, for tiles that have no registers for it. EARLY: delta is loaded with the log-sum-exp.
     """
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(HK, WK, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(HK, WK, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
     k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
     v_src, v_s = sublattice(v_src, v_s, i_y, i_x, Y, X)

@@ -20,6 +20,7 @@ from .table import ceiling, table
 
 LOG2E = 1.4426950408889634
 MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
+STRIP_BYTES = 2**23  # of the maps that a row of a strip's tiles reads: a small part of any L2 cache worth the name
 
 
 class Problem:
@@ -209,6 +210,9 @@ class Launch:
         self.arrangement = arranged = _arranged(self.plan, gpu, *geometry)
         shapes = [self.plan.tile] * len(kept) + [arranged.block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, arranged.ways, strict=True)]
+        rows = (self.plan.tile[0] + y.reach - 1) * y.lattice
+        pixel_bytes = sum(each.shape[1] * each.shape[4] * each.element_size() for each in streamed)
+        self._strip_tiles = strip_tiles(rows, self.plan.tile[1], pixel_bytes)
         self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
@@ -252,7 +256,8 @@ class Launch:
         """Launches. addressed: tensors whose pixels the kernel may reach by pointer. grid: None is that of tiles."""
         if grid is None:
             grid = tile_grid(self.tiles, self.plan.tile, self.arrangement.shift, self.spans)
-            constants["FLAT"] = len(grid) == 1
+            strip = self.tiles[1] * self._strip_tiles
+            constants |= {"FLAT": len(grid) == 1, "STRIP": strip if len(grid) > 1 and strip < grid[0] else 0}
         with torch.cuda.device_of(self.first):
             kernel[grid](
                 *args,
@@ -273,6 +278,15 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     tiles_x = cdiv(cdiv(w, x.lattice) + shift, tile[1]) * x.lattice
     grid = heads * tiles_x, tiles_y, batch
     return grid if max(grid[1:]) <= MOST_PROGRAMS else (math.prod(grid),)
+
+
+def strip_tiles(rows: int, cols: int, pixel_bytes: int) -> int:
+    """Tiles of a strip, which wide maps are taken apart into: what a row of them reads stays in the L2 cache until the
+    next row reads it again.
+
+    rows, cols: that a tile reads, and that it is wide. pixel_bytes: of all maps that it reads, and all their heads.
+    """
+    return max(1, STRIP_BYTES // (rows * cols * pixel_bytes))
 
 
 def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:

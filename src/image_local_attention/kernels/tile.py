@@ -25,15 +25,23 @@ MANY = 16  # blocks of a column that need no mask for rows: worth a loop of thei
 
 @triton.jit
 def program_tile(
-    H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr,
+    H, W, heads, TH: tl.constexpr, TW: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     Y: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """Batch, head, lattice (y, x) and first row and column of this program's tile there.
 
     Heads go fastest, for they share cache lines. The first column of tiles begins SHIFT pixels left of the map. FLAT:
-    the grid has one axis, else three: heads and columns, rows, batch, which saves divisions.
+    the grid has one axis, else three: heads and columns, rows, batch, which saves divisions. STRIP: programs of a row
+    before the next row comes, strip after strip; 0 is all.
     """
-    i_x = tl.program_id(0)
+    i_x, i_y, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if STRIP:
+        columns, rows = tl.num_programs(0), tl.num_programs(1)
+        i_program = i_y * columns + i_x
+        first = i_program // (STRIP * rows) * STRIP
+        width = tl.minimum(columns - first, STRIP)
+        i_program -= first * rows
+        i_y, i_x = i_program // width, first + i_program % width
     i_h = i_x % heads
     i_x = i_x // heads
     if FLAT:
@@ -43,9 +51,6 @@ def program_tile(
         i_x = i_x % tiles_x
         i_b = i_y // tiles_y
         i_y = i_y % tiles_y
-    else:
-        i_y = tl.program_id(1)
-        i_b = tl.program_id(2)
     return i_b, i_h, i_y % Y.lattice, i_x % X.lattice, i_y // Y.lattice * TH, i_x // X.lattice * TW - SHIFT
 
 

@@ -66,12 +66,12 @@ def similarity_kernel(
     Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, BY_DISPLACEMENT: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     Q_WAY: tl.constexpr, K_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """W_ij = scale * <q, k_ij> + bias_ij, `nothing` where the key does not take part."""
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     q_src, q_s = sublattice(q_src, q_s, i_y, i_x, Y, X)
     k_src, k_s = sublattice(k_src, k_s, i_y, i_x, Y, X)
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
@@ -117,12 +117,12 @@ def aggregate_kernel(
     Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     X_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """O = scale * sum_ij W_ij x_ij over the keys in the map that take part."""
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(H, W, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
     x_src, x_s = sublattice(x_src, x_s, i_y, i_x, Y, X)
     o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)
@@ -157,7 +157,7 @@ def aggregate_transpose_kernel(
     Y: tl.constexpr, X: tl.constexpr, RASTER: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr,
+    SHIFT: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, STRIP: tl.constexpr,
     X_WAY: tl.constexpr,
     WIDE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +165,7 @@ def aggregate_transpose_kernel(
 
     It is seen at every position that folds to it. `heads` are of the keys; GROUP heads of queries share one.
     """
-    i_b, i_h, i_y, i_x, y0, x0 = program_tile(HK, WK, heads, TH, TW, SHIFT, FLAT, Y, X)
+    i_b, i_h, i_y, i_x, y0, x0 = program_tile(HK, WK, heads, TH, TW, SHIFT, FLAT, STRIP, Y, X)
     w_ptr, w_s = sublattice(w_ptr, w_s, i_y, i_x, Y, X)
     x_src, x_s = sublattice(x_src, x_s, i_y, i_x, Y, X)
     o_ptr, o_s = sublattice(o_ptr, o_s, i_y, i_x, Y, X)

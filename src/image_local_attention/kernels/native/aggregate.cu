@@ -27,24 +27,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    const Number* of_query = weights.numbers + weights.query(head, pairs, l);
-    float sum[SUMS][4];
+    float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
 #pragma unroll UNROLL
       for (int pair = 0; pair < PAIRS; pair++) {
-        Number p[2][4];
-        pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
-          const Number* weight = of_query + weights.slot(y, x);
-          p[block][i] = low ? weight[0] : Number(0);
-          p[block][2 + i] = high ? weight[weights.NEXT] : Number(0);
+        Number p[UNITS][2][4];
+        pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {
+          const Number* weight = weights.numbers + weights.query(unit, head, l) + weights.slot(y, x);
+          p[unit][block][i] = low ? weight[0] : Number(0);
+          p[unit][block][2 + i] = high ? weight[weights.NEXT] : Number(0);
         });
-        Weights packed;
+        Weights packed[UNITS];
         pack_weights(packed, p);
         add_weighted(sum, packed, seen_of(halos.band(band), pair, l), 0, head);
       }
     });
-    out.store(head, sum, a.scale, a.scale);
+    Pair scales[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) scales[unit] = {a.scale, a.scale};
+    out.store(head, sum, scales);
   }
   copy_out_all(l, out);
 }

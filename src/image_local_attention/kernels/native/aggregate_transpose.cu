@@ -12,7 +12,7 @@ struct Arguments {
 };
 
 struct Gathered {
-  Number of[2][4];
+  Number of[UNITS][2][4];
 };
 
 // Weights of so many pairs of blocks are under way at once: latency is what they are waited for. Each has registers of
@@ -37,17 +37,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    // The pixel y, x of the view meets the kept one in slot WINDOW - 1 - (y - kept_y) * KERNEL_W - (x - kept_x).
+    // A pixel y, x of the view meets a kept one in slot WINDOW - 1 - (y - kept_y) * KERNEL_W - (x - kept_x).
     const long long first = at.pixel(head, halos.y + l.sub_y, halos.x + PAD + l.sub_x);
-    const Number* weights = a.weights + (first + 1) * WINDOW - 1 + pairs.kept_y * KERNEL_W + pairs.kept_x;
+    const Number* weights = a.weights + (first + 1) * WINDOW - 1;
     const auto gather = [&](Gathered& p, int seen_band, int pair) {
-      pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
-        const Number* weight = weights + (long long)y * (row - KERNEL_W) + x * (WINDOW - 1);
-        p.of[block][i] = low ? weight[0] : Number(0);
-        p.of[block][2 + i] = high ? weight[NEXT_ROWS * KERNEL_W] : Number(0);
+      pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {
+        const int kept = row_y(unit, l.group) * KERNEL_W + row_x(unit, l.group);
+        const Number* weight = weights + kept + (long long)y * (row - KERNEL_W) + x * (WINDOW - 1);
+        p.of[unit][block][i] = low ? weight[0] : Number(0);
+        p.of[unit][block][2 + i] = high ? weight[NEXT_ROWS * KERNEL_W] : Number(0);
       });
     };
-    float sum[SUMS][4];
+    float sum[UNITS][SUMS][4];
     zero(sum);
     Gathered under_way[AHEAD];
 #pragma unroll
@@ -58,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
         const bool last = first + AHEAD == ROUNDED;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-          Weights packed;
+          Weights packed[UNITS];
           pack_weights(packed, under_way[i].of);
           gather(under_way[i], seen_band + last, last ? i : first + AHEAD + i);
           if (ROUNDED == PAIRS || first + i < PAIRS)
@@ -66,7 +67,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
         }
       }
     });
-    out.store(head, sum, a.scale, a.scale);
+    Pair scales[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) scales[unit] = {a.scale, a.scale};
+    out.store(head, sum, scales);
   }
   copy_out_all(l, out);
 }

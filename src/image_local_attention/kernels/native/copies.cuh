@@ -9,12 +9,18 @@ INLINE u32 shared_start(const void* raw) {
 
 // Copies the box that begins at (channel, x, y, image); what lies outside of the map is zero.
 INLINE void copy_in(u32 to, const TensorMap& map, u32 barrier, int channel, int x, int y, int image) {
-  copy_box_in(to, map, barrier, PLANES ? x : channel, PLANES ? y : x, PLANES ? channel : y, image);
+  if (!PLANES)
+    copy_box_in(to, map, barrier, channel, x, y, image);
+  else if (ROWS_OF_PLANES)
+    copy_box_in(to, map, barrier, x, channel, y, image);
+  else
+    copy_box_in(to, map, barrier, x, y, channel, image);
 }
 
-// Writes a tile that all threads have written to shared memory; what lies outside of the map is left out.
+// Writes a tile that all threads have written to shared memory, of channels side by side or of rows of planes; what lies
+// outside of the map is left out.
 INLINE void copy_out(u32 from, const TensorMap& map, int channel, int x, int y, int image) {
-  copy_box_out(from, map, PLANES ? x : channel, PLANES ? y : x, PLANES ? channel : y, image);
+  copy_box_out(from, map, PLANES ? x : channel, PLANES ? channel : x, y, image);
 }
 
 // A copy swizzles 16 bytes within 128: their number by that of the 128 bytes, up to the pattern's width.

@@ -40,13 +40,13 @@ class Kernel:
         _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
 
 
-def tensor_map(planes: bool, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
-    """Of heads [B, heads, H, W, D] whose channels, or columns in `planes`, lie side by side.
+def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
+    """Of heads [B, heads, H, W, D].
 
-    box: channels, columns and rows of a copy, or columns, rows and channels in `planes`. pattern: bytes that it
-    is swizzled in, 16 is none.
+    axes: the order in which a copy has channels "c" of all heads, columns "x" and rows "y", the first side by side in
+    memory too; box: how many of each. pattern: bytes that a copy is swizzled in, 16 is none.
     """
-    return _tensor_map(x.data_ptr(), x.element_size(), x.shape, x.stride(), planes, box, pattern)
+    return _tensor_map(x.data_ptr(), x.element_size(), x.shape, x.stride(), axes, box, pattern)
 
 
 def strided_map(x: Tensor) -> bytes:
@@ -64,15 +64,15 @@ def _tensor_map(
     element: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    planes: bool,
+    axes: str,
     box: tuple[int, int, int],
     pattern: int,
 ) -> bytes:
     batch, heads, h, w, depth = shape
-    sizes = (w, h, heads * depth, batch) if planes else (heads * depth, w, h, batch)
-    axes = (2, 4, 0) if planes else (3, 2, 0)
+    of_axes = {"c": (heads * depth, strides[4]), "x": (w, strides[3]), "y": (h, strides[2])}
+    sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, strides[0]), strict=True)
     # the stride of an axis of size 1 is never used, but has to be one
-    steps = [strides[axis] * element if size > 1 else _STRIDE for axis, size in zip(axes, sizes[1:], strict=True)]
+    steps = [step * element if size > 1 else _STRIDE for step, size in zip(steps[1:], sizes[1:], strict=True)]
     room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     start = -ctypes.addressof(room) % _MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(

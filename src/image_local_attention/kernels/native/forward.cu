@@ -15,19 +15,19 @@ constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
 constexpr float LEAST = -1e30f;
 constexpr float SLACK = 8.0f;  // that a logit may exceed the maximum by before sums are scaled down
 
-struct Softmax {
-  float o[SUMS][4], low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
+struct Softmax {  // of a unit
+  float low = LEAST, high = LEAST, sum_low = 0.0f, sum_high = 0.0f;
 
-  INLINE Softmax() { zero(o); }
-
-  // Raises the maxima to those of a chunk where these are much larger, and scales sums down.
-  INLINE void raise(const float (&s)[2 * CHUNK][4], int blocks, float factor, bool first) {
-    float most_low = s[0][0], most_high = s[0][2];
+  // Raises the maxima to those of a chunk where these are much larger, and scales sums down, those of `o` too.
+  INLINE void raise(const float (&s)[CHUNK][UNITS][2][4], int unit, int blocks, float factor, bool first,
+                    float (&o)[SUMS][4]) {
+    float most_low = s[0][unit][0][0], most_high = s[0][unit][0][2];
 #pragma unroll
     for (int n = 0; n < 2 * CHUNK; n++)
       if (n < blocks) {
-        most_low = fmaxf(most_low, fmaxf(s[n][0], s[n][1]));
-        most_high = fmaxf(most_high, fmaxf(s[n][2], s[n][3]));
+        const float(&block)[4] = s[n / 2][unit][n % 2];
+        most_low = fmaxf(most_low, fmaxf(block[0], block[1]));
+        most_high = fmaxf(most_high, fmaxf(block[2], block[3]));
       }
     const bool larger = fmaf(most_low, factor, -low) > SLACK || fmaf(most_high, factor, -high) > SLACK;
     if (first || __any_sync(~0u, larger)) {
@@ -44,10 +44,13 @@ struct Softmax {
     }
   }
 
-  INLINE void weights(float (&s)[4], float factor) {
-    s[0] = weight_of(s[0], factor, low), s[1] = weight_of(s[1], factor, low);
-    s[2] = weight_of(s[2], factor, high), s[3] = weight_of(s[3], factor, high);
-    sum_low += s[0] + s[1], sum_high += s[2] + s[3];
+  INLINE void weights(float (&s)[2][4], float factor) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      s[n][0] = weight_of(s[n][0], factor, low), s[n][1] = weight_of(s[n][1], factor, low);
+      s[n][2] = weight_of(s[n][2], factor, high), s[n][3] = weight_of(s[n][3], factor, high);
+      sum_low += s[n][0] + s[n][1], sum_high += s[n][2] + s[n][3];
+    }
   }
 };
 
@@ -69,42 +72,49 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    Fragments q;
+    Fragments q[UNITS];
     query.load(q, head, a.flip);
-    Softmax softmax;
+    Softmax softmax[UNITS];
+    float o[UNITS][SUMS][4];
+    zero(o);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
 #pragma unroll 1
       for (int chunk = 0; chunk < CHUNKS; chunk++) {
         constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
-        float s[2 * CHUNK][4];
+        float s[CHUNK][UNITS][2][4];
         Seen seen[CHUNK];
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
           const int pair = chunk * CHUNK + i;
-          float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-          visibility.start(block, hidden_of(seen_band, pair, l));
+          visibility.start(s[i], hidden_of(seen_band, pair, l));
           seen[i] = seen_of(halos.band(band), pair, l);
-          add_scores(block, q, seen[i], 0, head);
+          add_scores(s[i], q, seen[i], 0, head);
         }
-        softmax.raise(s, blocks, a.factor, seen_band == 0 && chunk == 0);
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++)
+          softmax[unit].raise(s, unit, blocks, a.factor, seen_band == 0 && chunk == 0, o[unit]);
         if (chunk == 0) halos.wait(band, Halos::SECOND);
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
-          float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * i]);
-          softmax.weights(block[0], a.factor);
-          softmax.weights(block[1], a.factor);
-          Weights p;
-          pack_weights(p, block);
-          add_weighted(softmax.o, p, seen[i], BAND_ROOM, head);
+#pragma unroll
+          for (int unit = 0; unit < UNITS; unit++) softmax[unit].weights(s[i][unit], a.factor);
+          Weights p[UNITS];
+          pack_weights(p, s[i]);
+          add_weighted(o, p, seen[i], BAND_ROOM, head);
         }
       }
     });
-    const float low = sum_of_row(softmax.sum_low), high = sum_of_row(softmax.sum_high);
-    out.store(head, softmax.o, 1.0f / low, 1.0f / high);
-    const Rows rows(at, l);
-    float* lse = a.lse + at.pixel(head, rows.y, rows.x);
-    if (l.member == 0 && rows.low_there) lse[0] = log_sum_exp(softmax.low, low);
-    if (l.member == 0 && rows.high_there) lse[NEXT_ROWS * a.width] = log_sum_exp(softmax.high, high);
+    Pair shares[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const float low = sum_of_row(softmax[unit].sum_low), high = sum_of_row(softmax[unit].sum_high);
+      shares[unit] = {1.0f / low, 1.0f / high};
+      const Rows rows(at, l, unit);
+      float* lse = a.lse + at.pixel(head, rows.y, rows.x);
+      if (l.member == 0 && rows.low_there) lse[0] = log_sum_exp(softmax[unit].low, low);
+      if (l.member == 0 && rows.high_there) lse[NEXT_ROWS * a.width] = log_sum_exp(softmax[unit].high, high);
+    }
+    out.store(head, o, shares);
   }
   copy_out_all(l, out);
 }

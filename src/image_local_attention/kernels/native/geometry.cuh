@@ -1,22 +1,23 @@
 // What a program keeps and what it sees, and where its pixels lie.
 //
-// A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads. A warp takes a subtile of 16 pixels, the rows of a
-// matrix instruction, against only the pixels of the halo that this subtile's windows see, 16 a step. Subtiles keep
-// queries and see keys, or keep keys and see queries: pixel t of a subtile meets pixel h of its halo if
-// 0 <= h - t < KERNEL, on each axis.
+// A program keeps a tile of TILE_H x TILE_W pixels of GROUP heads. A warp takes a subtile of SUB_H x SUB_W against only the
+// pixels of the halo that this subtile's windows see, 16 a step. A subtile is one unit of 16 pixels, the rows of a matrix
+// instruction, or two, which see more between them but share what is read of it. Subtiles keep queries and see keys, or
+// keep keys and see queries: pixel t of a subtile meets pixel h of its halo if 0 <= h - t < KERNEL, on each axis.
 //
 // The halo comes in bands of BAND_H rows: all in one, or several, which take turns in SLOTS places of shared memory. Its
 // columns are those that are seen and, where copies begin on whole vectors or addresses ask for it, PAD more before and
 // some behind; subtiles see a band's columns from their own first one and SKIP on.
 //
-// Where channels lie side by side, or numbers are floats, subtiles are 4x4 pixels, and pixels are seen one by one.
-// Where columns of halves do, subtiles are 2x8, and pixels are seen in blocks of 8 columns.
+// Where channels lie side by side, or numbers are floats, units are 4x4 pixels, and pixels are seen one by one.
+// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns.
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-[[maybe_unused]] constexpr int NEXT_ROWS = 8 / SUB_W;  // from the pixel of a fragment's row to that of 8 rows later
+constexpr int UNITS = SUB_H * SUB_W / 16, UNITS_X = SUB_W / UNIT_W;
+constexpr int NEXT_ROWS = 8 / UNIT_W;  // from the pixel of a fragment's row to that of 8 rows later
 constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
 constexpr int WARP_HEADS = SUBTILES * SHARED_BY * GROUP / WARPS;  // heads that a warp takes, one after the other
 constexpr bool WHOLE = BANDS == 1;
@@ -31,6 +32,8 @@ constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channe
 constexpr int SUMS = DEPTH / 8;              // fragments of a row of results
 [[maybe_unused]] constexpr int TILE_PIXELS = TILE_H * TILE_W;
 constexpr int BAND_PIXELS = BAND_H * HALO_W;
+// Planes of halves are copied row by row, each with all channels; those of floats channel by channel.
+constexpr bool ROWS_OF_PLANES = PLANES && ELEMENT == 2;
 // Channels of more than 128 bytes are copied one part after the other, for they are swizzled within 128.
 constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES = CHANNELS * ELEMENT / PARTS;
 constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
@@ -61,9 +64,11 @@ struct Lane {
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
 
   // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
+  // Rows are ROW pixels apart.
+  template <int ROW = HALO_W>
   INLINE int band_pixel(int seen, int last = SEEN - 1) const {
     const int number = min(seen, last), y = number / SEEN_W;
-    return ((WHOLE ? sub_y : 0) + y) * HALO_W + sub_x + SKIP + number - y * SEEN_W;
+    return ((WHOLE ? sub_y : 0) + y) * ROW + sub_x + SKIP + number - y * SEEN_W;
   }
 };
 
@@ -71,11 +76,17 @@ struct Place {
   int heads, height, width;              // of the maps
   int channel, first_head, x, y, image;  // where this program's tile begins
 
-  // groups of heads lie side by side along the grid's first axis
+  // Groups of heads lie side by side along the grid's first axis, whose blocks come STRIP by STRIP where these are given.
   INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
-    const int groups = heads / GROUP, tile_x = blockIdx.x / groups;
-    first_head = (blockIdx.x - tile_x * groups) * GROUP;
-    channel = first_head * DEPTH, x = tile_x * TILE_W, y = blockIdx.y * TILE_H, image = blockIdx.z;
+    int column = blockIdx.x, row = blockIdx.y;
+    if (STRIP) {
+      const int columns = gridDim.x, rows = gridDim.y, block = row * columns + column;
+      const int first = block / (max(STRIP, 1) * rows) * STRIP, across = min(STRIP, columns - first);
+      row = (block - first * rows) / across, column = first + (block - first * rows) % across;
+    }
+    const int groups = heads / GROUP, tile_x = column / groups;
+    first_head = (column - tile_x * groups) * GROUP;
+    channel = first_head * DEPTH, x = tile_x * TILE_W, y = row * TILE_H, image = blockIdx.z;
   }
 
   // Where the pixel (y, x) of a head of the group lies in floats [B, heads, H, W].
@@ -84,13 +95,22 @@ struct Place {
   }
 };
 
-// The two kept pixels of a lane, those of the rows `group` and `group + 8` of its fragments.
+// Where a row of a unit's fragments lies in its subtile.
+constexpr INLINE int row_y(int unit, int row) { return unit / UNITS_X * UNIT_H + row / UNIT_W; }
+constexpr INLINE int row_x(int unit, int row) { return unit % UNITS_X * UNIT_W + row % UNIT_W; }
+
+// A number of each of a lane's two kept pixels of a unit, those of the rows `group` and `group + 8` of its fragments.
+struct Pair {
+  float low, high;
+};
+
+// These pixels.
 struct Rows {
   int y, x;  // of the first
   bool low_there, high_there;
 
-  INLINE Rows(const Place& at, const Lane& l) {
-    y = at.y + l.sub_y + l.group / SUB_W, x = at.x + l.sub_x + l.group % SUB_W;
+  INLINE Rows(const Place& at, const Lane& l, int unit) {
+    y = at.y + l.sub_y + row_y(unit, l.group), x = at.x + l.sub_x + row_x(unit, l.group);
     low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
   }
 };
@@ -110,4 +130,10 @@ template <int N>
 INLINE void zero(float (&sum)[N][4]) {
 #pragma unroll
   for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+}
+
+template <int N>
+INLINE void zero(float (&sums)[UNITS][N][4]) {
+#pragma unroll
+  for (int unit = 0; unit < UNITS; unit++) zero(sums[unit]);
 }

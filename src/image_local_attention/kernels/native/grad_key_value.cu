@@ -57,10 +57,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    Fragments k, v;
+    Fragments k[UNITS], v[UNITS];
     key.load(k, head, a.flip);
     value.load(v, head);
-    float sum_k[SUMS][4], sum_v[SUMS][4];
+    float sum_k[UNITS][SUMS][4], sum_v[UNITS][SUMS][4];
     zero(sum_k);
     zero(sum_v);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
@@ -68,35 +68,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
 #pragma unroll UNROLL
       for (int pair = 0; pair < PAIRS; pair++) {
         const Seen seen = seen_of(halos.band(band), pair, l);
-        float p[2][4], dp[2][4];
+        float p[UNITS][2][4], dp[UNITS][2][4];
         visibility.start(p, hidden_of(seen_band, pair, l));
         add_scores(p, k, seen, 0, head);
         zero(dp);
         add_scores(dp, v, seen, BAND_ROOM, head);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int first = 16 * pair + 8 * i + 2 * l.member;
+        for (int n = 0; n < 2; n++) {
+          const int first = 16 * pair + 8 * n + 2 * l.member;
           Queries of;
           if (SIDE_BY_SIDE)
             of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
           else
             of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
-          p[i][0] = weight_of(p[i][0], a.factor, of.first.lse);
-          p[i][1] = weight_of(p[i][1], a.factor, of.second.lse);
-          p[i][2] = weight_of(p[i][2], a.factor, of.first.lse);
-          p[i][3] = weight_of(p[i][3], a.factor, of.second.lse);
-          dp[i][0] = p[i][0] * (dp[i][0] - of.first.delta), dp[i][1] = p[i][1] * (dp[i][1] - of.second.delta);
-          dp[i][2] = p[i][2] * (dp[i][2] - of.first.delta), dp[i][3] = p[i][3] * (dp[i][3] - of.second.delta);
+#pragma unroll
+          for (int i = 0; i < 4 * UNITS; i++) {
+            const Query& at_column = i % 2 ? of.second : of.first;
+            float &weight = p[i / 4][n][i % 4], &d = dp[i / 4][n][i % 4];
+            weight = weight_of(weight, a.factor, at_column.lse);
+            d = weight * (d - at_column.delta);
+          }
         }
-        Weights packed;
+        Weights packed[UNITS];
         pack_weights(packed, p);
         add_weighted(sum_v, packed, seen, BAND_ROOM, head);
         pack_weights(packed, dp);
         add_weighted(sum_k, packed, seen, 0, head);
       }
     });
-    grad_key.store(head, sum_k, a.scale, a.scale);
-    grad_value.store(head, sum_v, 1.0f, 1.0f);
+    Pair scales[UNITS], ones[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) scales[unit] = {a.scale, a.scale}, ones[unit] = {1.0f, 1.0f};
+    grad_key.store(head, sum_k, scales);
+    grad_value.store(head, sum_v, ones);
   }
   copy_out_all(l, grad_key, grad_value);
 }

@@ -12,12 +12,17 @@ struct Arguments {
   u32 flip;             // of the kept maps' signs, where the scale is negative
 };
 
+// Of a lane's pixels in floats [B, heads, H, W]; 0 where there are none.
+INLINE Pair read(const float* floats, const Place& at, const Rows& rows, int head) {
+  const float* from = floats + at.pixel(head, rows.y, rows.x);
+  return {rows.low_there ? from[0] : 0.0f, rows.high_there ? from[NEXT_ROWS * at.width] : 0.0f};
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
   const u32 start = shared_start(raw), tile = start + Halos::ROOM, barriers = tile + 3 * Kept::ROOM;
   const Place at(a.heads, a.height, a.width);
   const Lane l;
-  const Rows rows(at, l);
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l), grad_out(tile + Kept::ROOM, a.grad_out, at, l);
   const Kept out(tile + 2 * Kept::ROOM, a.out, at, l), grad_query(tile, a.grad_query, at, l);
@@ -32,46 +37,56 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    const long long pixel = at.pixel(head, rows.y, rows.x);
-    const int next = NEXT_ROWS * a.width;
-    const float lse_low = rows.low_there ? from_natural(a.lse[pixel]) : 0.0f;
-    const float lse_high = rows.high_there ? from_natural(a.lse[pixel + next]) : 0.0f;
+    Pair lse[UNITS], delta[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) lse[unit] = read(a.lse, at, Rows(at, l, unit), head);
     if (Kept::ROOM) halos.wait(0, Halos::FIRST);
-    Fragments q, g;
+    Fragments q[UNITS], g[UNITS];
     query.load(q, head, a.flip);
     grad_out.load(g, head);
-    float delta_low, delta_high;
-    out.products(delta_low, delta_high, g, head);
-    if (a.grad_lse) {
-      delta_low -= rows.low_there ? a.grad_lse[pixel] : 0.0f;
-      delta_high -= rows.high_there ? a.grad_lse[pixel + next] : 0.0f;
+    out.products(delta, g, head);
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Rows rows(at, l, unit);
+      lse[unit] = {from_natural(lse[unit].low), from_natural(lse[unit].high)};
+      if (a.grad_lse) {
+        const Pair less = read(a.grad_lse, at, rows, head);
+        delta[unit].low -= less.low, delta[unit].high -= less.high;
+      }
+      float* to = a.delta + at.pixel(head, rows.y, rows.x);
+      if (l.member == 0 && rows.low_there) to[0] = delta[unit].low;
+      if (l.member == 0 && rows.high_there) to[NEXT_ROWS * a.width] = delta[unit].high;
     }
-    if (l.member == 0 && rows.low_there) a.delta[pixel] = delta_low;
-    if (l.member == 0 && rows.high_there) a.delta[pixel + next] = delta_high;
-    float sum[SUMS][4];
+    float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
 #pragma unroll UNROLL
       for (int pair = 0; pair < PAIRS; pair++) {
         const Seen seen = seen_of(halos.band(band), pair, l);
-        float s[2][4], dp[2][4];
+        float s[UNITS][2][4], dp[UNITS][2][4];
         visibility.start(s, hidden_of(seen_band, pair, l));
         add_scores(s, q, seen, 0, head);
         zero(dp);
         add_scores(dp, g, seen, BAND_ROOM, head);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          s[i][0] = weight_of(s[i][0], a.factor, lse_low) * (dp[i][0] - delta_low);
-          s[i][1] = weight_of(s[i][1], a.factor, lse_low) * (dp[i][1] - delta_low);
-          s[i][2] = weight_of(s[i][2], a.factor, lse_high) * (dp[i][2] - delta_high);
-          s[i][3] = weight_of(s[i][3], a.factor, lse_high) * (dp[i][3] - delta_high);
+        for (int i = 0; i < 2 * UNITS; i++) {
+          const int unit = i / 2;
+          float(&p)[4] = s[unit][i % 2];
+          const float(&d)[4] = dp[unit][i % 2];
+          p[0] = weight_of(p[0], a.factor, lse[unit].low) * (d[0] - delta[unit].low);
+          p[1] = weight_of(p[1], a.factor, lse[unit].low) * (d[1] - delta[unit].low);
+          p[2] = weight_of(p[2], a.factor, lse[unit].high) * (d[2] - delta[unit].high);
+          p[3] = weight_of(p[3], a.factor, lse[unit].high) * (d[3] - delta[unit].high);
         }
-        Weights ds;
+        Weights ds[UNITS];
         pack_weights(ds, s);
         add_weighted(sum, ds, seen, 0, head);
       }
     });
-    grad_query.store(head, sum, a.scale, a.scale);
+    Pair scales[UNITS];
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) scales[unit] = {a.scale, a.scale};
+    grad_query.store(head, sum, scales);
   }
   copy_out_all(l, grad_query);
 }

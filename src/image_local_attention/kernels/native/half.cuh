@@ -1,11 +1,11 @@
 // Maps of halves: fragments and their products, and tiles that are kept in shared memory.
 
 constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
-static_assert(PARTS == 1 && (!PLANES || TILE_PIXELS % 32 == 0), "tiles and bands are copied at once, and a channel of a tile begins on whole vectors of banks");
+static_assert(PARTS == 1, "tiles and bands are copied at once");
 
 using KeptMap = TensorMap;
 
-struct Fragments {  // of a subtile's 16 pixels
+struct Fragments {  // of a unit's 16 pixels
   u32 of[STEPS][4];
 };
 
@@ -15,21 +15,25 @@ struct Weights {  // of 16 pixels, the rows, and 16 that are seen
 
 using Seen = u32;  // address of a lane's row of the fragments of 16 pixels of a band
 
-// Address of a lane's row of a fragment, in a tile or band of so many PIXELS: 16 bytes of 8 channels of one pixel, or,
+// Address of a lane's row of a fragment, in a tile or band of so many COLUMNS: 16 bytes of 8 channels of one pixel, or,
 // in planes, of 8 columns of one channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31
-// the channels 8 later.
-template <int PIXELS, int PATTERN>
+// the channels 8 later. pixel: its number; in planes, rows are as far apart as their channels make them.
+template <int COLUMNS, int PATTERN>
 INLINE u32 address_of(u32 start, int lane, int pixel) {
+  static_assert(!PLANES || PATTERN == 16 || 32 * COLUMNS % (8 * PATTERN) == 0, "16 channels are whole patterns");
   if (!PLANES) return start + swizzled(pixel * CHANNELS * 2, PATTERN) ^ (lane >> 4) << 4;
   const int channel = (lane & 7) + (lane >> 4) * 8;
-  return start + swizzled((channel * PIXELS + pixel) * 2, PATTERN);
+  return start + swizzled((channel * COLUMNS + pixel) * 2, PATTERN);
 }
 
 // The same of the channels that are `step` times 16 later.
-template <int PIXELS>
+template <int COLUMNS>
 INLINE u32 at_step(u32 address, int step) {
-  return PLANES ? address + step * 16 * PIXELS * 2 : address ^ step * 32;
+  return PLANES ? address + step * 16 * COLUMNS * 2 : address ^ step * 32;
 }
+
+// Between rows of so many columns, in what `address_of` counts.
+constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : columns; }
 
 // Logits are in powers of two, by one operation with that of a weight: these are known to no more than 8 or 11 bits.
 INLINE float weight_of(float product, float factor, float less) { return exp2_of(fmaf(product, factor, -less)); }
@@ -39,18 +43,23 @@ INLINE float log_sum_exp(float most, float sum) { return (most + __log2f(sum)) *
 
 INLINE u32 pack(float low, float high) { return pack_halves<BF16>(low, high); }
 
-INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
-  packed.of[0] = pack(p[0][0], p[0][1]), packed.of[1] = pack(p[0][2], p[0][3]);
-  packed.of[2] = pack(p[1][0], p[1][1]), packed.of[3] = pack(p[1][2], p[1][3]);
+INLINE void pack_weights(Weights (&packed)[UNITS], const float (&p)[UNITS][2][4]) {
+#pragma unroll
+  for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) packed[unit].of[i] = pack(p[unit][i / 2][i % 2 * 2], p[unit][i / 2][i % 2 * 2 + 1]);
 }
 
 using Number = unsigned short;  // of a map, as it lies in memory
 
 INLINE Number number_of(float x) { return pack(x, 0.0f); }
 
-INLINE void pack_weights(Weights& packed, const Number (&p)[2][4]) {
+INLINE void pack_weights(Weights (&packed)[UNITS], const Number (&p)[UNITS][2][4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) packed.of[i] = p[i / 2][i % 2 * 2] | u32(p[i / 2][i % 2 * 2 + 1]) << 16;
+  for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      packed[unit].of[i] = p[unit][i / 2][i % 2 * 2] | u32(p[unit][i / 2][i % 2 * 2 + 1]) << 16;
 }
 
 // The product of two pairs of halves: of the first ones plus of the second ones.
@@ -67,13 +76,10 @@ struct Kept {
 
   const TensorMap& map;
   const Place& at;
-  u32 tile, row;  // row: this lane's of the fragments
+  const Lane& l;
+  u32 tile;
 
-  INLINE Kept(u32 tile, const TensorMap& map, const Place& at, const Lane& l) : map(map), at(at), tile(tile) {
-    const int number = PLANES ? l.lane & 8 : l.lane & 15;
-    const int pixel = (l.sub_y + number / SUB_W) * TILE_W + l.sub_x + number % SUB_W;
-    row = address_of<TILE_PIXELS, TILE_PATTERN>(tile, l.lane, pixel);
-  }
+  INLINE Kept(u32 tile, const TensorMap& map, const Place& at, const Lane& l) : map(map), at(at), l(l), tile(tile) {}
 
   // By one thread, which the barrier still waits for.
   INLINE void copy_in(u32 barrier) const {
@@ -84,37 +90,54 @@ struct Kept {
   // By one thread, when all have stored what is theirs.
   INLINE void copy_out() const { ::copy_out(tile, map, at.channel, at.x, at.y, at.image); }
 
+  // Address of this lane's row of a unit's fragments.
+  INLINE u32 row(int unit) const {
+    const int number = PLANES ? l.lane & 8 : l.lane & 15;
+    const int pixel = (l.sub_y + row_y(unit, number)) * row_step(TILE_W) + l.sub_x + row_x(unit, number);
+    return address_of<TILE_W, TILE_PATTERN>(tile, l.lane, pixel);
+  }
+
   // flip: the sign bits of two halves, or 0
-  INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
+  INLINE void load(Fragments (&kept)[UNITS], int head, u32 flip = 0) const {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      load_matrices<PLANES>(kept.of[step], at_step<TILE_PIXELS>(row, head * STEPS + step));
+    for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) kept.of[step][i] ^= flip;
+      for (int step = 0; step < STEPS; step++) {
+        load_matrices<PLANES>(kept[unit].of[step], at_step<TILE_W>(row(unit), head * STEPS + step));
+#pragma unroll
+        for (int i = 0; i < 4; i++) kept[unit].of[step][i] ^= flip;
+      }
+  }
+
+  // The sums over channels of this tile's times another's.
+  INLINE void products(Pair (&sums)[UNITS], const Fragments (&other)[UNITS], int head) const {
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      float low = 0.0f, high = 0.0f;
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        u32 mine[4];
+        const u32(&of)[4] = other[unit].of[step];
+        load_matrices<PLANES>(mine, at_step<TILE_W>(row(unit), head * STEPS + step));
+        low += product_of_two(of[0], mine[0]) + product_of_two(of[2], mine[2]);
+        high += product_of_two(of[1], mine[1]) + product_of_two(of[3], mine[3]);
+      }
+      sums[unit] = {sum_of_row(low), sum_of_row(high)};
     }
   }
 
-  // The sum over channels of this tile's times another's, of the rows `group`, and of those 8 later.
-  INLINE void products(float& low, float& high, const Fragments& other, int head) const {
-    low = high = 0.0f;
+  // Sums times a factor of their pixel.
+  INLINE void store(int head, const float (&sums)[UNITS][SUMS][4], const Pair (&factors)[UNITS]) const {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      u32 mine[4];
-      load_matrices<PLANES>(mine, at_step<TILE_PIXELS>(row, head * STEPS + step));
-      low += product_of_two(other.of[step][0], mine[0]) + product_of_two(other.of[step][2], mine[2]);
-      high += product_of_two(other.of[step][1], mine[1]) + product_of_two(other.of[step][3], mine[3]);
-    }
-    low = sum_of_row(low), high = sum_of_row(high);
-  }
-
-  // Rows `group` times `low`, the others times `high`.
-  INLINE void store(int head, const float (&sum)[SUMS][4], float low, float high) const {
+    for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      const float(&a)[4] = sum[2 * step], (&b)[4] = sum[2 * step + 1];
-      store_matrices<PLANES>(at_step<TILE_PIXELS>(row, head * STEPS + step), pack(a[0] * low, a[1] * low),
-                      pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low), pack(b[2] * high, b[3] * high));
-    }
+      for (int step = 0; step < STEPS; step++) {
+        const float(&a)[4] = sums[unit][2 * step], (&b)[4] = sums[unit][2 * step + 1];
+        const float low = factors[unit].low, high = factors[unit].high;
+        store_matrices<PLANES>(at_step<TILE_W>(row(unit), head * STEPS + step), pack(a[0] * low, a[1] * low),
+                               pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low),
+                               pack(b[2] * high, b[3] * high));
+      }
   }
 };
 
@@ -130,28 +153,35 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
 }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const int pixel = PLANES ? l.band_pixel(16 * pair + (l.lane & 8), SEEN - 8) : l.band_pixel(16 * pair + (l.lane & 15));
-  return address_of<BAND_PIXELS, HALO_PATTERN>(band, l.lane, pixel);
+  const int first = 16 * pair + (PLANES ? l.lane & 8 : l.lane & 15);
+  const int pixel = l.band_pixel<row_step(HALO_W)>(first, PLANES ? SEEN - 8 : SEEN - 1);
+  return address_of<HALO_W, HALO_PATTERN>(band, l.lane, pixel);
 }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
-INLINE void add_scores(float (&s)[2][4], const Fragments& kept, Seen seen, u32 map, int head) {
+INLINE void add_scores(float (&s)[UNITS][2][4], const Fragments (&kept)[UNITS], Seen seen, u32 map, int head) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
-    multiply_halves<BF16>(s[0], kept.of[step], r[0], r[2]);
-    multiply_halves<BF16>(s[1], kept.of[step], r[1], r[3]);
+    load_matrices<PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      multiply_halves<BF16>(s[unit][0], kept[unit].of[step], r[0], r[2]);
+      multiply_halves<BF16>(s[unit][1], kept[unit].of[step], r[1], r[3]);
+    }
   }
 }
 
-// sum += weights @ the same 16 pixels
-INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, Seen seen, u32 map, int head) {
+// sums += weights @ the same 16 pixels
+INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)[UNITS], Seen seen, u32 map, int head) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<!PLANES>(r, at_step<BAND_PIXELS>(seen + map, head * STEPS + step));
-    multiply_halves<BF16>(sum[2 * step], weights.of, r[0], r[1]);
-    multiply_halves<BF16>(sum[2 * step + 1], weights.of, r[2], r[3]);
+    load_matrices<!PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      multiply_halves<BF16>(sums[unit][2 * step], weights[unit].of, r[0], r[1]);
+      multiply_halves<BF16>(sums[unit][2 * step + 1], weights[unit].of, r[2], r[3]);
+    }
   }
 }

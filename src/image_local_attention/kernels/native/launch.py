@@ -14,11 +14,11 @@ from ...window import Window
 from .. import gpu as gpus
 from ..geometry import Span
 from ..integers import cdiv
-from ..launch import MOST_PROGRAMS, Problem
+from ..launch import MOST_PROGRAMS, Problem, strip_tiles
 from ..source import ALIGNMENT, descriptor_strides
 from . import nvrtc
 from .driver import Kernel, strided_map, tensor_map
-from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, patterns, shape, shared
+from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, patterns, shape, shared, unit
 from .table import choose
 
 _ARCH = 90  # the first with tensor copies
@@ -72,7 +72,10 @@ def using(task: str, plan: Plan) -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes."""
+    """What a kernel is compiled for; `group` is of heads, `kernel` and `lead` are of both axes.
+
+    strip: blocks of a row before the next row comes, 0 is all; working it out delays a block's copies.
+    """
 
     task: str
     plan: Plan
@@ -82,6 +85,7 @@ class Compiled(NamedTuple):
     group: int
     kernel: tuple[int, int]
     lead: tuple[int, int]
+    strip: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -95,7 +99,13 @@ class Compiled(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """Of NVRTC, but for the architecture."""
         held, plan, (tile_pattern, halo_pattern) = self.shape, self.plan, self.patterns
-        sizes = {"KERNEL": self.kernel, "TILE": plan.tile, "SUB": held.sub, "SEEN": held.seen}
+        sizes = {
+            "KERNEL": self.kernel,
+            "TILE": plan.tile,
+            "UNIT": unit(self.task, self.form),
+            "SUB": held.sub,
+            "SEEN": held.seen,
+        }
         names = {f"{name}_{axis}": size for name, both in sizes.items() for axis, size in zip("HW", both, strict=True)}
         names |= {
             "BF16": int(self.dtype == torch.bfloat16),
@@ -105,6 +115,7 @@ class Compiled(NamedTuple):
             "KEPT_MAPS": 1 if self.task in ("forward", "similarity") else 2,
             "HALO_MAPS": halo_maps(self.task),
             "DEPTH": self.depth,
+            "STRIP": self.strip,
             "GROUP": self.group,
             "LEAD_Y": self.lead[0],
             "LEAD_X": self.lead[1],
@@ -158,7 +169,7 @@ class Native:
         channels, form = compiled.group * compiled.depth, compiled.form
         pixels = self._tile, compiled.shape.band
         tile, halo = (
-            functools.partial(tensor_map, form.planes, box(size, channels, form), pattern)
+            functools.partial(tensor_map, form.axes, box(size, channels, form), pattern)
             for size, pattern in zip(pixels, compiled.patterns, strict=True)
         )
         kept = tile if form.product == "half" else strided_map
@@ -230,7 +241,10 @@ def _native(
     plan = forced or choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
-    return Native(Compiled(task, plan, form, dtype, depth, plan.group(heads, depth, form), kernel, lead), device)
+    group, halos = plan.group(heads, depth, form), ARGUMENTS[task].kept.count(False)
+    tiles = strip_tiles(plan.tile[0] + kernel[0] - 1, plan.tile[1], halos * heads * depth * element)
+    strip = heads // group * tiles if tiles < cdiv(w, plan.tile[1]) else 0
+    return Native(Compiled(task, plan, form, dtype, depth, group, kernel, lead, strip), device)
 
 
 def _slides(spans: tuple[Span, Span]) -> bool:

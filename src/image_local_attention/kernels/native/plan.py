@@ -28,6 +28,13 @@ class Form(NamedTuple):
         return 2 if self.product == "half" else 4
 
     @property
+    def axes(self) -> str:
+        """Of a copy: channels, columns and rows, those side by side first; fragments of halves take rows of planes."""
+        if not self.planes:
+            return "cxy"
+        return "xcy" if _in_blocks(self) else "xyc"
+
+    @property
     def vector(self) -> int:
         """Columns that a copy of planes begins on a multiple of."""
         return _VECTOR // self.element
@@ -41,8 +48,9 @@ class Plan:
     of 8 pixels that are unrolled at most; in the forward, those of a chunk, after which the maximum is looked at; in
     aggregate_transpose, those whose weights are under way.
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
-    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. shared_by:
-    warps that take turns at the pairs of blocks of a subtile and head, in similarity alone.
+    it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. units: of 16
+    pixels that a warp takes, one or two, which share what is read of a halo but hold twice as many registers.
+    shared_by: warps that take turns at the pairs of blocks of a subtile and head, in similarity alone.
     """
 
     tile: tuple[int, int]
@@ -52,6 +60,7 @@ class Plan:
     pixel_bytes: int = _PART
     band: int = 0
     slots: int = 1
+    units: int = 1
     shared_by: int = 1
 
     def group(self, heads: int, depth: int, form: Form) -> int:
@@ -92,9 +101,7 @@ def halo_maps(task: str) -> int:
 def shape(task: str, plan: Plan, kernel: tuple[int, int], lead: int, form: Form) -> Shape:
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
-    blocks = form.planes and form.product == "half"  # planes of halves are seen in blocks of 8 columns
-    # keys side by side are in slots side by side of what a query has for them
-    sub = (2, 8) if blocks or task == "aggregate_transpose" else (4, 4)
+    blocks, sub = _in_blocks(form), _subtile(task, plan, form)
     pad = -lead % form.vector if form.planes else 0
     skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
     seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
@@ -102,46 +109,67 @@ def shape(task: str, plan: Plan, kernel: tuple[int, int], lead: int, form: Form)
         seen_w = cdiv(seen_w, 8 if blocks else 2) * (8 if blocks else 2)
     rows, cols = plan.band or th + kh - 1, skip + tw - sub[1] + seen_w
     if form.planes:
-        rows, cols = _apart(rows, cols, not plan.band, form)
+        cols = cdiv(cols, form.vector) * form.vector
+        if not blocks:
+            rows, cols = _apart(rows, cols, not plan.band)
     return Shape(sub, (seen_h, seen_w), (rows, cols), cdiv(th + kh - 1, rows), pad, skip)
 
 
-def _apart(rows: int, cols: int, may_grow: bool, form: Form) -> tuple[int, int]:
-    """Of a band of planes: as many or a few more, so that the channels of a fragment lie in different banks.
+def _in_blocks(form: Form) -> bool:
+    """Whether pixels are seen in blocks of 8 columns."""
+    return form.planes and form.product == "half"
 
-    may_grow: in its rows too. Floats in bands of four rows find no such width: two channels share a bank.
+
+def unit(task: str, form: Form) -> tuple[int, int]:
+    """Rows and columns of the 16 pixels of a matrix instruction.
+
+    Keys side by side are in slots side by side of what a query has for them.
     """
-    vector = form.vector
-    least = cdiv(cols, vector) * vector
-    if form.product == "half":
-        return rows + (may_grow and rows % 2 == 0), least
-    choices = [(h, least + vector * more) for h in range(rows, rows + (4 if may_grow else 1)) for more in range(4)]
+    return (2, 8) if _in_blocks(form) or task == "aggregate_transpose" else (4, 4)
+
+
+def _subtile(task: str, plan: Plan, form: Form) -> tuple[int, int]:
+    """Of a warp: units one below the other where they are wide, else side by side."""
+    h, w = unit(task, form)
+    return (plan.units * h, w) if w > h else (h, plan.units * w)
+
+
+def _apart(rows: int, cols: int, may_grow: bool) -> tuple[int, int]:
+    """Of a band of planes of floats: as many or a few more, so that the channels of a fragment lie in different banks.
+
+    may_grow: in its rows too. Bands of four rows find no such width: two channels share a bank.
+    """
+    choices = [(h, cols + 4 * more) for h in range(rows, rows + (4 if may_grow else 1)) for more in range(4)]
     apart = [(h, w) for h, w in choices if h * w % 16 == 8]
-    return min(apart, key=lambda size: size[0] * size[1], default=(rows, least))
+    return min(apart, key=lambda size: size[0] * size[1], default=(rows, cols))
 
 
 def patterns(plan: Plan, held: Shape, channels: int, form: Form) -> tuple[int, int]:
-    """Bytes of the patterns that copies of tiles and of bands are swizzled in: of a copy's rows; 16 is none.
-
-    In planes of halves, a band is swizzled where its rows would put every other channel in the same banks.
-    """
+    """Bytes of the patterns that copies of tiles and of bands are swizzled in; 16 is none."""
     if form.product != "half":
         return 16, 16 if form.planes else min(_PART, channels * form.element)
     if form.planes:
-        return 2 * plan.tile[1], 64 if held.band[1] == 32 else 16
+        return _pattern(2 * plan.tile[1]), _pattern(2 * held.band[1])
     return 2 * channels, 2 * channels
 
 
-def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, int, int]:
-    """What a copy takes of a map's first three axes: columns, rows and channels, or channels, columns and rows."""
-    rows, cols = pixels
-    return (cols, rows, channels) if form.planes else (min(channels, _PART // form.element), cols, rows)
+def _pattern(row: int) -> int:
+    """Of rows of so many bytes: as wide, or none. Copies whose rows are narrower than a pattern go wrong."""
+    return row if row in (32, 64, 128) else 16
 
 
-def suits(plan: Plan, group: int, form: Form) -> bool:
-    """Whether warps share a block's subtiles and heads evenly; one head each where bands pass."""
-    subtiles = plan.tile[0] * plan.tile[1] // 16 * plan.shared_by
-    if plan.band and plan.warps != subtiles * group:
+def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, ...]:
+    """What a copy takes of each of its axes."""
+    most = channels if form.planes else min(channels, _PART // form.element)
+    takes = {"c": most, "x": pixels[1], "y": pixels[0]}
+    return tuple(takes[axis] for axis in form.axes)
+
+
+def suits(task: str, plan: Plan, group: int, form: Form) -> bool:
+    """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band."""
+    (th, tw), (sub_h, sub_w) = plan.tile, _subtile(task, plan, form)
+    subtiles = th // sub_h * (tw // sub_w) * plan.shared_by
+    if th % sub_h or tw % sub_w or (plan.band and (plan.warps != subtiles * group or sub_h % plan.band)):
         return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0
 

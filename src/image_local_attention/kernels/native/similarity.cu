@@ -27,20 +27,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) similarity(co
 
 #pragma unroll 1
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
-    Fragments q;
+    Fragments q[UNITS];
     query.load(q, head);
     const float scale = a.scale;
-    Number* of_query = weights.numbers + weights.query(head, pairs, l);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
 #pragma unroll UNROLL
       for (int pair = l.share; pair < PAIRS; pair += SHARED_BY) {
-        float s[2][4];
+        float s[UNITS][2][4];
         zero(s);
         add_scores(s, q, seen_of(halos.band(band), pair, l), 0, head);
-        pairs.for_each_column(seen_band, pair, l, [&](int block, int i, int y, int x, bool low, bool high) {
-          Number* weight = of_query + weights.slot(y, x);
-          if (low) weight[0] = number_of(s[block][i] * scale);
-          if (high) weight[weights.NEXT] = number_of(s[block][2 + i] * scale);
+        pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {
+          Number* weight = weights.numbers + weights.query(unit, head, l) + weights.slot(y, x);
+          if (low) weight[0] = number_of(s[unit][block][i] * scale);
+          if (high) weight[weights.NEXT] = number_of(s[unit][block][2 + i] * scale);
         });
       }
     });

@@ -45,7 +45,7 @@ struct Operand {
   }
 };
 
-struct Fragments {  // of a subtile's 16 pixels: 8 channels a step
+struct Fragments {  // of a unit's 16 pixels: 8 channels a step
   u32 of[STEPS][4], low[STEPS][4];
 
   INLINE Operand<4> operand(int step) const {
@@ -78,12 +78,13 @@ INLINE void multiply(float (&c)[4], float (&rest)[4], const Operand<4>& a, const
 
 // A row of weights has an even column as number t of the products' inner axis, and the odd one after it as number t + 4:
 // so lanes hold what they need, and weigh two pixels side by side.
-INLINE void pack_weights(Weights& packed, const float (&p)[2][4]) {
+INLINE void pack_weights(Weights (&packed)[UNITS], const float (&p)[UNITS][2][4]) {
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const u32 block[4] = {__float_as_uint(p[n][0]), __float_as_uint(p[n][2]), __float_as_uint(p[n][1]),
-                          __float_as_uint(p[n][3])};
-    packed.of[n] = Operand<4>(block);
+  for (int i = 0; i < 2 * UNITS; i++) {
+    const float(&of)[4] = p[i / 2][i % 2];
+    const u32 block[4] = {__float_as_uint(of[0]), __float_as_uint(of[2]), __float_as_uint(of[1]),
+                          __float_as_uint(of[3])};
+    packed[i / 2].of[i % 2] = Operand<4>(block);
   }
 }
 
@@ -96,72 +97,90 @@ struct alignas(64) KeptMap {
   long long image, channel, row, column;  // steps
 };
 
-// A kept map, or results, as a lane reads and writes the two pixels of its rows.
+// A kept map, or results, as a lane reads and writes the pixels of its rows.
 struct Kept {
   static constexpr int ROOM = 0;
 
   const KeptMap& map;
-  const Rows rows;
-  float *low, *high;  // of the first head
+  const Place& at;
+  const Lane& l;
 
-  INLINE Kept(u32, const KeptMap& map, const Place& at, const Lane& l) : map(map), rows(at, l) {
-    low = map.data + at.image * map.image + at.channel * map.channel + rows.y * map.row + rows.x * map.column;
-    high = low + NEXT_ROWS * map.row;
-  }
+  INLINE Kept(u32, const KeptMap& map, const Place& at, const Lane& l) : map(map), at(at), l(l) {}
 
   INLINE void copy_in(u32) const {}
 
+  struct Pixels {  // of a unit
+    Rows rows;
+    float *low, *high;  // of the first head
+  };
+
+  INLINE Pixels pixels(int unit) const {
+    const Rows rows(at, l, unit);
+    float* low = map.data + at.image * map.image + at.channel * map.channel + rows.y * map.row + rows.x * map.column;
+    return {rows, low, low + NEXT_ROWS * map.row};
+  }
+
   // flip: the sign bit, or 0
-  INLINE void load(Fragments& kept, int head, u32 flip = 0) const {
+  INLINE void load(Fragments (&kept)[UNITS], int head, u32 flip = 0) const {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      u32 x[4];
-      numbers(x, head, step);
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Pixels from = pixels(unit);
 #pragma unroll
-      for (int i = 0; i < 4; i++) x[i] ^= flip;
-      const Operand<4> both(x);
+      for (int step = 0; step < STEPS; step++) {
+        u32 x[4];
+        numbers(x, from, head, step);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        kept.of[step][i] = SPLIT_ONCE ? both.high[i] : x[i];
-        if (SPLIT_ONCE) kept.low[step][i] = both.low[i];
+        for (int i = 0; i < 4; i++) x[i] ^= flip;
+        const Operand<4> both(x);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          kept[unit].of[step][i] = SPLIT_ONCE ? both.high[i] : x[i];
+          if (SPLIT_ONCE) kept[unit].low[step][i] = both.low[i];
+        }
       }
     }
   }
 
-  // The sum over channels of these pixels' times another's, of the rows `group`, and of those 8 later.
-  INLINE void products(float& of_low, float& of_high, const Fragments& other, int head) const {
-    of_low = of_high = 0.0f;
+  // The sums over channels of these pixels' times another's.
+  INLINE void products(Pair (&sums)[UNITS], const Fragments (&other)[UNITS], int head) const {
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      u32 x[4];
-      numbers(x, head, step);
-      of_low = fmaf(other.number(step, 0), __uint_as_float(x[0]), of_low);
-      of_high = fmaf(other.number(step, 1), __uint_as_float(x[1]), of_high);
-      of_low = fmaf(other.number(step, 2), __uint_as_float(x[2]), of_low);
-      of_high = fmaf(other.number(step, 3), __uint_as_float(x[3]), of_high);
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Pixels from = pixels(unit);
+      float low = 0.0f, high = 0.0f;
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        u32 x[4];
+        numbers(x, from, head, step);
+        low = fmaf(other[unit].number(step, 0), __uint_as_float(x[0]), low);
+        high = fmaf(other[unit].number(step, 1), __uint_as_float(x[1]), high);
+        low = fmaf(other[unit].number(step, 2), __uint_as_float(x[2]), low);
+        high = fmaf(other[unit].number(step, 3), __uint_as_float(x[3]), high);
+      }
+      sums[unit] = {sum_of_row(low), sum_of_row(high)};
     }
-    of_low = sum_of_row(of_low), of_high = sum_of_row(of_high);
   }
 
-  INLINE void numbers(u32 (&x)[4], int head, int step) const {
-    const Lane l;
+  INLINE void numbers(u32 (&x)[4], const Pixels& from, int head, int step) const {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const long long from = (head * DEPTH + step * 8 + i * 4 + l.member) * map.channel;
-      x[2 * i] = rows.low_there ? __float_as_uint(low[from]) : 0;
-      x[2 * i + 1] = rows.high_there ? __float_as_uint(high[from]) : 0;
+      const long long channel = (head * DEPTH + step * 8 + i * 4 + l.member) * map.channel;
+      x[2 * i] = from.rows.low_there ? __float_as_uint(from.low[channel]) : 0;
+      x[2 * i + 1] = from.rows.high_there ? __float_as_uint(from.high[channel]) : 0;
     }
   }
 
-  // Rows `group` times `of_low`, the others times `of_high`.
-  INLINE void store(int head, const float (&sum)[SUMS][4], float of_low, float of_high) const {
-    if (rows.low_there) store(low, head, sum, 0, of_low);
-    if (rows.high_there) store(high, head, sum, 2, of_high);
+  // Sums times a factor of their pixel.
+  INLINE void store(int head, const float (&sums)[UNITS][SUMS][4], const Pair (&factors)[UNITS]) const {
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Pixels to = pixels(unit);
+      if (to.rows.low_there) store(to.low, head, sums[unit], 0, factors[unit].low);
+      if (to.rows.high_there) store(to.high, head, sums[unit], 2, factors[unit].high);
+    }
   }
 
   // first: of the two of a fragment that belong to this row
   INLINE void store(float* to, int head, const float (&sum)[SUMS][4], int first, float factor) const {
-    const Lane l;
 #pragma unroll
     for (int n = 0; n < SUMS; n += VECTOR) {
       float* channel = to + (head * DEPTH + n * 8 + 2 * VECTOR * l.member) * map.channel;
@@ -224,27 +243,32 @@ INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int st
 }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
-INLINE void add_scores(float (&s)[2][4], const Fragments& kept, const Seen& seen, u32 map, int head) {
-  float rest[2][4];  // its sums are of their own, so as not to wait for those
+INLINE void add_scores(float (&s)[UNITS][2][4], const Fragments (&kept)[UNITS], const Seen& seen, u32 map, int head) {
+  float rest[UNITS][2][4];  // its sums are of their own, so as not to wait for those
   zero(rest);
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
     load_scored(r, seen, map, head, step);
-    const Operand<4> a = kept.operand(step), b(r);
-    multiply(s[0], rest[0], a, b, 0, 2);
-    multiply(s[1], rest[1], a, b, 1, 3);
+    const Operand<4> b(r);
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Operand<4> a = kept[unit].operand(step);
+      multiply(s[unit][0], rest[unit][0], a, b, 0, 2);
+      multiply(s[unit][1], rest[unit][1], a, b, 1, 3);
+    }
   }
 #pragma unroll
-  for (int i = 0; EXACT && i < 8; i++) s[i / 4][i % 4] += rest[i / 4][i % 4];
+  for (int i = 0; EXACT && i < 8 * UNITS; i++) s[i / 8][i / 4 % 2][i % 4] += rest[i / 8][i / 4 % 2][i % 4];
 }
 
-// sum += weights @ the same 16 pixels. Matrix units cut off what does not fit into a sum: exact sums of many pixels are
+// sums += weights @ the same 16 pixels. Matrix units cut off what does not fit into a sum: exact sums of many pixels are
 // added up outside of them.
-INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, const Seen& seen, u32 map, int head) {
+INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)[UNITS], const Seen& seen, u32 map,
+                         int head) {
 #pragma unroll
   for (int n = 0; n < SUMS; n += VECTOR) {
-    float part[VECTOR][4];
+    float part[UNITS][VECTOR][4];
     zero(part);
 #pragma unroll
     for (int block = 0; block < 2; block++) {
@@ -259,12 +283,19 @@ INLINE void add_weighted(float (&sum)[SUMS][4], const Weights& weights, const Se
       }
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const u32 pixels[2] = {x[i], x[VECTOR + i]};
-        float(&to)[4] = EXACT ? part[i] : sum[n + i];
-        multiply(to, to, weights.of[block], Operand<2>(pixels), 0, 1);
+        const u32 both[2] = {x[i], x[VECTOR + i]};
+        const Operand<2> pixels(both);
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+          float(&to)[4] = EXACT ? part[unit][i] : sums[unit][n + i];
+          multiply(to, to, weights[unit].of[block], pixels, 0, 1);
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; EXACT && i < 4 * VECTOR; i++) sum[n + i / 4][i % 4] += part[i / 4][i % 4];
+    for (int i = 0; EXACT && i < 4 * VECTOR * UNITS; i++) {
+      const int unit = i / (4 * VECTOR), sum = i / 4 % VECTOR;
+      sums[unit][n + sum][i % 4] += part[unit][sum][i % 4];
+    }
   }
 }

@@ -41,29 +41,35 @@ INLINE Hidden hidden_of(int seen_band, int pair, const Lane& l) {
 }
 
 struct Visibility {
-  u32 low[WORDS], high[WORDS];  // the first matrix's rows `group` and `group + 8`
+  u32 low[UNITS][WORDS], high[UNITS][WORDS];  // the first matrix's rows `group` and `group + 8`
 
   INLINE Visibility(const Lane& l) {
 #pragma unroll
-    for (int word = 0; word < WORDS; word++) {
-      low[word] = place(l.group, 8 * word + 2 * l.member), high[word] = place(l.group + 8, 8 * word + 2 * l.member);
-    }
+    for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+      for (int word = 0; word < WORDS; word++) {
+        low[unit][word] = place(unit, l.group, 8 * word + 2 * l.member);
+        high[unit][word] = place(unit, l.group + 8, 8 * word + 2 * l.member);
+      }
   }
 
   // One where `first` or the place after it is the row's column, or, past all columns, its row of the subtile.
-  static INLINE u32 place(int row, int first) {
-    const int column = row % SUB_W, after = SUB_W + row / SUB_W;
+  static INLINE u32 place(int unit, int row, int first) {
+    const int column = row_x(unit, row), after = SUB_W + row_y(unit, row);
     return (first == column || first == after ? ONE : 0) |
            (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
   }
 
   // s = 0 where pixels meet, else HIDDEN or twice that
-  INLINE void start(float (&s)[2][4], const Hidden& hidden) const {
-    start_block(s[0], hidden.block[0]);
-    start_block(s[1], hidden.block[1]);
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden) const {
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+      for (int n = 0; n < 2; n++) start_block(s[unit][n], low[unit], high[unit], hidden.block[n]);
   }
 
-  INLINE void start_block(float (&c)[4], const u32 (&hidden)[WORDS]) const {
+  static INLINE void start_block(float (&c)[4], const u32 (&low)[WORDS], const u32 (&high)[WORDS],
+                                 const u32 (&hidden)[WORDS]) {
     if constexpr (WORDS == 1) {
       product_of_halves(c, low[0], high[0], hidden[0]);
     } else {

@@ -1,5 +1,5 @@
-// Weights [B, heads, H, W, WINDOW] of queries and the slots of their windows: which pixels meet in a slot, and the weights
-// of a tile of queries in shared memory.
+// Weights [B, heads, H, W, WINDOW] of queries and the slots of their windows: which pixels meet in a slot, and the
+// weights of a tile of queries in shared memory.
 
 constexpr int WINDOW = KERNEL_H * KERNEL_W;  // slots
 
@@ -7,7 +7,9 @@ constexpr int WINDOW = KERNEL_H * KERNEL_W;  // slots
 struct Met {
   int first, count;
 
-  INLINE Met(int first, int kernel) : first(first), count(kernel) {}
+  Met() = default;
+
+  INLINE Met(int first, int count) : first(first), count(count) {}
 
   // Of these, the ones in a map that ends `size` pixels after its first, where the view begins at `start`.
   INLINE Met in_map(int start, int size) const {
@@ -18,22 +20,31 @@ struct Met {
   INLINE bool has(int place) const { return u32(place - first) < u32(count); }
 };
 
-// A lane's two kept pixels, those of the rows `group` and `group + 8` of its fragments, and what they meet.
-struct Pairs {
-  int kept_y, kept_x;  // of the first, in the subtile
+// What a lane's two kept pixels of a unit meet, those of the rows `group` and `group + 8` of its fragments.
+struct PairsOfUnit {
   Met low, high, columns;
+};
 
-  INLINE Pairs(const Lane& l)
-      : kept_y(l.group / SUB_W), kept_x(l.group % SUB_W), low(kept_y, KERNEL_H), high(kept_y + NEXT_ROWS, KERNEL_H),
-        columns(kept_x, KERNEL_W) {}
+struct Pairs {
+  PairsOfUnit of[UNITS];
+
+  INLINE Pairs(const Lane& l) {
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const int y = row_y(unit, l.group), x = row_x(unit, l.group);
+      of[unit] = {{y, KERNEL_H}, {y + NEXT_ROWS, KERNEL_H}, {x, KERNEL_W}};
+    }
+  }
 
   // Those whose seen pixel lies in the map.
   INLINE Pairs(const Lane& l, const Place& at, const Halos& halos) : Pairs(l) {
     const int y = halos.y + l.sub_y, x = halos.x + PAD + l.sub_x;
-    low = low.in_map(y, at.height), high = high.in_map(y, at.height), columns = columns.in_map(x, at.width);
+#pragma unroll
+    for (PairsOfUnit& unit : of)
+      unit = {unit.low.in_map(y, at.height), unit.high.in_map(y, at.height), unit.columns.in_map(x, at.width)};
   }
 
-  // Calls `take(block, column, y, x, low_meets, high_meets)` for each column of a lane's part of 16 pixels seen.
+  // Calls `take(unit, block, column, y, x, low_meets, high_meets)` for each column of a lane's part of 16 pixels seen.
   template <typename Take>
   INLINE void for_each_column(int seen_band, int pair, const Lane& l, Take take) const {
 #pragma unroll
@@ -48,8 +59,11 @@ struct Pairs {
         } else {
           x++;
         }
-        const bool meets = columns.has(x);
-        take(block, column, y, x, meets && low.has(y), meets && high.has(y));
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+          const bool meets = of[unit].columns.has(x);
+          take(unit, block, column, y, x, meets && of[unit].low.has(y), meets && of[unit].high.has(y));
+        }
       }
     }
   }
@@ -70,10 +84,10 @@ struct WeightTile {
       : numbers(reinterpret_cast<Number*>(raw + offset)), address(shared_address(raw + offset)), at(at),
         rows(min(TILE_H, at.height - at.y)), row(min(TILE_W, at.width - at.x) * WINDOW) {}
 
-  // The place of a lane's first kept query, less what `slot` counts of it.
-  INLINE int query(int head, const Pairs& pairs, const Lane& l) const {
-    const int pixel = (head * TILE_H + l.sub_y + pairs.kept_y) * TILE_W + l.sub_x + pairs.kept_x;
-    return pixel * WINDOW - slot(pairs.kept_y, pairs.kept_x);
+  // The place of a lane's first kept query of a unit, less what `slot` counts of it.
+  INLINE int query(int unit, int head, const Lane& l) const {
+    const int y = row_y(unit, l.group), x = row_x(unit, l.group);
+    return ((head * TILE_H + l.sub_y + y) * TILE_W + l.sub_x + x) * WINDOW - slot(y, x);
   }
 
   static INLINE int slot(int y, int x) { return y * KERNEL_W + x; }

@@ -32,7 +32,8 @@ from image_local_attention.kernels.native.plan import Form, Plan, shape, shared,
 DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
-LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # which planes of halves, whose halos have unseen columns, may need
+LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # of planes of halves, whose halos have unseen columns, and of two units
+UNITS = 1, 2
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
@@ -71,12 +72,14 @@ class Problem:
             sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        tiles = TILES if single or not self.form.planes else (*TILES, *LARGE)
-        for tile, (band, slots), step in itertools.product(tiles, BANDS, steps):
-            for warps in {tile[0] * tile[1] // 16 * heads for heads in (1, 2, 4)}:
+        units = UNITS[:1] if single and case.depth > 32 else UNITS
+        for tile, (band, slots), step, unit in itertools.product((*TILES, *LARGE), BANDS, steps, units):
+            if tile in LARGE and unit == 1 and (single or not self.form.planes):
+                continue
+            for warps in {tile[0] * tile[1] // (16 * unit) * heads for heads in (1, 2, 4)}:
                 shared_by = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in shared_by | ({1} if case.queries <= SMALL else set()):
-                    plan = Plan(tile, warps, resident, step, band=band, slots=slots)
+                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=unit)
                     if self._fits(plan):
                         yield plan
 
@@ -155,6 +158,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(TASKS)}.")] = None,
     group: Annotated[str, typer.Option(help=f"Of cases: {', '.join(GROUPS)}.")] = "design",
     processes: Annotated[int, typer.Option(help="That compile.")] = 14,
+    units: Annotated[int, typer.Option(help="Only plans whose warps take so many units; 0: any.")] = 0,
     budget: Annotated[float, typer.Option(help="Seconds of repetition for each candidate.")] = 0.02,
     show: Annotated[int, typer.Option(help="Plans of each table.")] = 6,
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
@@ -167,7 +171,7 @@ def main(
         for each in task or TASKS
         if any(text in case.name for text in only)
     ]
-    jobs = [(problem, plan) for problem in problems for plan in problem.candidates()]
+    jobs = [(problem, plan) for problem in problems for plan in problem.candidates() if units in (0, plan.units)]
     with ThreadPoolExecutor(processes) as pool:
         stacks = dict(zip(jobs, pool.map(lambda job: compile_plan(job[0].compiled(job[1])), jobs), strict=True))
     console.print(f"compiled {len(jobs)} plans: {time.perf_counter() - began:.0f} s", style="dim")

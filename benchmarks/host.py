@@ -2,8 +2,9 @@
 
 python -m benchmarks.host --help
 
-The empty backend allocates what the triton backend allocates and launches as many kernels, which have no arguments and
-do nothing. Stages are timed by themselves, each with the arguments that it gets in a forward pass:
+The empty backend allocates what the triton backend allocates and launches as many kernels as it does where native ones
+serve a call, which have no arguments and do nothing. Stages are timed by themselves, each with the arguments that it
+gets in a forward pass:
 
 operator: the registered operator, without the checks and the derivative of the public function.
 backend: the backend's function, without the operator.
@@ -55,7 +56,7 @@ class EmptyBackend:
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         grads = [empty_heads(x, x.shape[4]) for x in (query, key, value)]
         out.new_empty(out.shape[:4], dtype=torch.float32)  # delta
-        for _ in ("delta", "grad_query", "grad_key_value"):
+        for _ in ("delta and grad_query", "grad_key_value"):
             empty_kernel[(1,)]()
         return *grads, None
 

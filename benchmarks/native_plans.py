@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
-LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # which planes of halves, whose halos have unseen columns, may need
+LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # of planes of halves, whose halos have unseen columns, and of two units
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
@@ -76,16 +76,19 @@ class Problem:
             sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        bands, sharing = BANDS, ((1, 1),)  # units of a warp, and warps of a unit
+        sharing, bands, large = [(1, 1)], BANDS, LARGE  # sharing: units of a warp, and warps of a unit
+        if not single or case.depth <= 32:
+            sharing += [(2, 1)]
         if self.task in UNFUSED:
-            sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
-            sharing = ((1, 1), (2, 1), (1, 2)) if self.task == "similarity" else ((1, 1), (2, 1))
-        tiles = TILES if single or not self.form.planes else (*TILES, *LARGE)
-        for tile, (band, slots), step, (units, shared_by) in itertools.product(tiles, bands, steps, sharing):
-            for warps in {tile[0] * tile[1] // (16 * units) * shared_by * heads for heads in (1, 2, 4)}:
+            sized, steps, bands, large = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS, ()
+            sharing = [(1, 1), (2, 1), (1, 2)] if self.task == "similarity" else [(1, 1), (2, 1)]
+        for tile, (band, slots), step, (units, sharers) in itertools.product((*TILES, *large), bands, steps, sharing):
+            if tile in LARGE and units == 1 and (single or not self.form.planes):
+                continue
+            for warps in {tile[0] * tile[1] // (16 * units) * sharers * heads for heads in (1, 2, 4)}:
                 residents = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in residents | ({1} if case.queries <= SMALL else set()):
-                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=shared_by)
+                    plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=sharers)
                     if self._fits(plan):
                         yield plan
 
@@ -184,6 +187,7 @@ def main(
     ] = None,
     group: Annotated[str, typer.Option(help=f"Of cases: {', '.join(GROUPS)}.")] = "design",
     processes: Annotated[int, typer.Option(help="That compile.")] = 14,
+    units: Annotated[int, typer.Option(help="Only plans whose warps take so many units; 0: any.")] = 0,
     budget: Annotated[float, typer.Option(help="Seconds of repetition for each candidate.")] = 0.02,
     show: Annotated[int, typer.Option(help="Plans of each table.")] = 6,
     out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
@@ -196,7 +200,7 @@ def main(
         for each in task or TASKS
         if any(text in case.name for text in only)
     ]
-    jobs = [(problem, plan) for problem in problems for plan in problem.candidates()]
+    jobs = [(problem, plan) for problem in problems for plan in problem.candidates() if units in (0, plan.units)]
     with ThreadPoolExecutor(processes) as pool:
         stacks = dict(zip(jobs, pool.map(lambda job: compile_plan(job[0].compiled(job[1])), jobs), strict=True))
     console.print(f"compiled {len(jobs)} plans: {time.perf_counter() - began:.0f} s", style="dim")

@@ -3,9 +3,10 @@
 What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
 bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, and as wide as registers
-let blocks be. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold less of
-it at once, are as fast for the widest windows; products in three passes of TF32 take so long that copies hide behind
-them.
+let blocks be. In planes of halves, whose halos have many unseen columns, warps take two units, for these share what
+they read of a band. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold
+less of it at once, are as fast for the widest windows; products in three passes of TF32 take so long that copies hide
+behind them.
 """
 
 from typing import NamedTuple
@@ -74,23 +75,31 @@ _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
         Row(64, 21, Plan((4, 16), 4, 2, 4, band=4, slots=2)),  # 512-64-k21 0.303 : 0.345
     ),
     ("forward", "half", True): (
-        Row(16, 9, Plan((4, 32), 8, 2, 6)),  # 512-4x16-k7 0.144 : 0.154
+        Row(16, 9, Plan((4, 32), 8, 1, 2)),  # 512-4x16-k7 0.134 : 0.154
         Row(16, 13, Plan((8, 8), 4, 5, 4)),  # 512-4x16-k13 0.213 : 0.342
-        Row(32, 7, Plan((4, 32), 8, 2, 6)),  # 2048-32-k7 0.764 : 0.949
+        Row(32, 7, Plan((4, 32), 8, 3, 2)),  # 2048-32-k7 0.757 : 0.949
         Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 512-4x32-k9 0.242 : 0.284
         Row(32, 13, Plan((8, 16), 8, 2, 6)),  # 512-2x32-k13 0.162 : 0.181
         Row(64, 5, Plan((16, 16), 16, 1, 9)),  # 2048-64-k5 1.44 : 1.77
+        Row(64, 7, Plan((16, 16), 16, 1, 4), pixels=2**15),  # 4x64-2x64-k7 0.0190 : 0.0198
+        Row(64, 7, Plan((4, 32), 8, 2, 1, band=2, slots=3)),  # 8x128-8x64-k7 0.363 : 0.396
+        Row(64, 13, Plan((4, 32), 4, 2, 4, band=4, slots=2, units=2)),  # 8x128-8x64-k13 0.525 : 0.552
     ),
     ("grad_query", "half", True): (
-        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.136 : 0.207
+        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.128 : 0.207
         Row(16, 13, Plan((4, 32), 8, 2, 2)),  # 512-4x16-k13 0.207 : 0.278
-        Row(32, 9, Plan((4, 32), 8, 2, 4)),  # 2048-32-k7 1.02 : 1.13, 512-4x32-k9 0.308 : 0.322
+        Row(16, 21, Plan((8, 16), 8, 1, 4)),  # 512-4x16-k21 0.473 : 0.544
+        Row(32, 9, Plan((8, 32), 8, 2, 1, band=2, slots=3, units=2)),  # 2048-32-k7 0.885 : 1.13
+        Row(64, 7, Plan((8, 32), 8, 1, 2, band=2, slots=3, units=2)),  # 8x128-8x64-k7 0.444 : 0.547
+        Row(64, 13, Plan((8, 32), 8, 1, 2, band=4, slots=2, units=2)),  # 8x128-8x64-k13 0.596 : 0.668
     ),
     ("grad_key_value", "half", True): (
-        Row(16, 9, Plan((4, 32), 8, 2, 1)),  # 512-4x16-k7 0.199 : 0.213
+        Row(16, 9, Plan((8, 16), 8, 3, 4)),  # 512-4x16-k7, with delta, 0.237 : 0.268
         Row(16, 13, Plan((16, 8), 8, 2, 2)),  # 512-4x16-k13 0.288 : 0.329
-        # 2048-32-k7 1.29 : 1.77, 512-4x32-k9 0.359 : 0.552, 512-2x32-k13 0.255 : 0.346
-        Row(32, 13, Plan((8, 16), 8, 2, 4)),
+        Row(32, 9, Plan((4, 32), 4, 3, 1, band=2, slots=3, units=2)),  # 2048-32-k7, with delta, 1.32 : 2.01
+        Row(32, 13, Plan((8, 16), 8, 2, 4)),  # 512-2x32-k13 0.255 : 0.346
+        Row(64, 7, Plan((4, 32), 4, 2, 1, band=2, slots=3, units=2)),  # 8x128-8x64-k7, with delta, 0.697 : 0.802
+        Row(64, 13, Plan((8, 32), 8, 1, 1, band=4, slots=2, units=2)),  # 8x128-8x64-k13, with delta, 0.981 : 1.07
     ),
     ("grad_query", "tf32", False): (
         Row(64, 7, Plan((8, 8), 4, 2, 2)),  # 512-64-k5 0.135 : 0.144

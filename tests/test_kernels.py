@@ -146,10 +146,11 @@ def test_every_tile_and_block(shape, planes, monkeypatch):
 
 
 @pytest.mark.skipif(CUDA, reason="what an interpreter shows")
-@pytest.mark.parametrize("bytes_of_a_strip", [1, 24_000])
+@pytest.mark.parametrize("bytes_of_a_strip", [8_000, 24_000])
 def test_strips(bytes_of_a_strip, monkeypatch):
-    """Rows of tiles are taken in parts of one tile, or of three and a rest."""
+    """Rows of tiles are taken in strips of one tile, or of three and a rest."""
     monkeypatch.setattr(launch, "STRIP_BYTES", bytes_of_a_strip)
+    monkeypatch.setattr(launch, "WINDOWS_OF_A_STRIP", 0)
     asked, tile_grid = [], launch.tile_grid
     monkeypatch.setattr(launch, "tile_grid", lambda *args: asked.append(tile_grid(*args)) or asked[-1])
     generator = torch.Generator().manual_seed(0)

@@ -130,10 +130,11 @@ def test_logits_so_large_that_one_key_has_all_the_weight(largest):
     assert all(x.isfinite().all() for x in results[0])
 
 
-@pytest.mark.parametrize("bytes_of_a_strip", [1, 6000])
+@pytest.mark.parametrize("bytes_of_a_strip", [75_000, 150_000])
 def test_strips(bytes_of_a_strip, monkeypatch):
-    """Of one tile, and of two, where a map has five and heads share no block."""
+    """Of one tile of two, and of two of three, where heads share no block."""
     monkeypatch.setattr(launches, "STRIP_BYTES", bytes_of_a_strip)
+    monkeypatch.setattr(launches, "WINDOWS_OF_A_STRIP", 0)
     with emulated(late=False) as ran:
         check(ATTENTION, problem(3, 32, (19, 37), (3, 3), batch=2), TRITON, FP32)
     assert set(ran) == FUSED

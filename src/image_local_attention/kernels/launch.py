@@ -20,7 +20,8 @@ from .table import ceiling, table
 
 LOG2E = 1.4426950408889634
 MOST_PROGRAMS = 65_535  # on the second and third axis of a grid
-STRIP_BYTES = 2**23  # of the maps that a row of a strip's tiles reads: a small part of any L2 cache worth the name
+STRIP_BYTES = 2**24  # of the maps that a row of a strip's tiles reads: a part of the L2 cache
+WINDOWS_OF_A_STRIP = 4  # side by side, at least
 
 
 class Problem:
@@ -210,9 +211,8 @@ class Launch:
         self.arrangement = arranged = _arranged(self.plan, gpu, *geometry)
         shapes = [self.plan.tile] * len(kept) + [arranged.block] * len(streamed)
         self.sources = [source(*each) for each in zip(maps, shapes, arranged.ways, strict=True)]
-        rows = (self.plan.tile[0] + y.reach - 1) * y.lattice
-        pixel_bytes = sum(each.shape[1] * each.shape[4] * each.element_size() for each in streamed)
-        self._strip_tiles = strip_tiles(rows, self.plan.tile[1], pixel_bytes)
+        self._window = (self.plan.tile[0] + y.reach - 1) * y.lattice, x.reach * x.lattice
+        self._pixel_bytes = sum(each.shape[1] * each.shape[4] * each.element_size() for each in streamed)
         self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
@@ -256,8 +256,9 @@ class Launch:
         """Launches. addressed: tensors whose pixels the kernel may reach by pointer. grid: None is that of tiles."""
         if grid is None:
             grid = tile_grid(self.tiles, self.plan.tile, self.arrangement.shift, self.spans)
-            strip = self.tiles[1] * self._strip_tiles
-            constants |= {"FLAT": len(grid) == 1, "STRIP": strip if len(grid) > 1 and strip < grid[0] else 0}
+            heads = self.tiles[1]
+            strip = heads * strip_tiles(grid[0] // heads, self.plan.tile[1], self._window, self._pixel_bytes)
+            constants |= {"FLAT": len(grid) == 1, "STRIP": 0 if len(grid) == 1 else strip}
         with torch.cuda.device_of(self.first):
             kernel[grid](
                 *args,
@@ -280,13 +281,16 @@ def tile_grid(tiles: tuple[int, ...], tile: tuple[int, int], shift: int, axes: t
     return grid if max(grid[1:]) <= MOST_PROGRAMS else (math.prod(grid),)
 
 
-def strip_tiles(rows: int, cols: int, pixel_bytes: int) -> int:
-    """Tiles of a strip, which wide maps are taken apart into: what a row of them reads stays in the L2 cache until the
-    next row reads it again.
+def strip_tiles(across: int, tile: int, window: tuple[int, int], pixel_bytes: int) -> int:
+    """How many of the tiles `across` a map make up a strip, 0 for all of them.
 
-    rows, cols: that a tile reads, and that it is wide. pixel_bytes: of all maps that it reads, and all their heads.
+    What a row of a strip's tiles reads stays in the L2 cache until the next row reads it again. Strips that are not
+    much wider than a window would read more than they save. tile: its columns. window: rows that a tile reads, and
+    columns of a pixel's window. pixel_bytes: of all maps that are read, and all their heads.
     """
-    return max(1, STRIP_BYTES // (rows * cols * pixel_bytes))
+    rows, cols = window
+    tiles = STRIP_BYTES // (rows * tile * pixel_bytes)
+    return tiles if tiles < across and tiles * tile >= WINDOWS_OF_A_STRIP * cols else 0
 
 
 def _way(gpu: gpus.Gpu, layout: str, by_pointer: bool, side_by_side: bool) -> str:

@@ -242,8 +242,8 @@ def _native(
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None
     group, halos = plan.group(heads, depth, form), ARGUMENTS[task].kept.count(False)
-    tiles = strip_tiles(plan.tile[0] + kernel[0] - 1, plan.tile[1], halos * heads * depth * element)
-    strip = heads // group * tiles if tiles < cdiv(w, plan.tile[1]) else 0
+    sees = plan.tile[0] + kernel[0] - 1, kernel[1]
+    strip = heads // group * strip_tiles(cdiv(w, plan.tile[1]), plan.tile[1], sees, halos * heads * depth * element)
     return Native(Compiled(task, plan, form, dtype, depth, group, kernel, lead, strip), device)
 
 

@@ -194,20 +194,30 @@ def test_the_bytes_of_an_unfused_pass_are_those_of_its_operators(monkeypatch, he
     assert names == ["similarity", "aggregate"]
 
 
-def test_bytes_a_second_stand_against_a_copy(monkeypatch):
+def test_a_copy_reads_half_of_what_it_moves_and_writes_half(monkeypatch):
+    copied = []
+
+    def measure(run, *_, **__):
+        copied.append(run().numel())
+        return SimpleNamespace(ms_p50=0.5)
+
+    monkeypatch.setattr(unfused, "measure", measure)
+    unfused.copy_gb_s.cache_clear()
+    assert unfused.copy_gb_s(10**6, 0.1) == 2.0
+    unfused.copy_gb_s.cache_clear()
+    assert copied == [10**6 // 2]
+
+
+def test_bytes_a_second_stand_against_a_copy_of_as_many(monkeypatch):
     monkeypatch.setattr(limits, "BACKEND", "tiled")
-    monkeypatch.setattr(unfused, "COPIED", 10**6)
     monkeypatch.setattr(unfused, "measure", lambda *_, **__: SimpleNamespace(ms_p50=0.5))
-    unfused.copy_gb_s.cache_clear()
-    found = list(unfused.values(TINY, 0.1))
-    unfused.copy_gb_s.cache_clear()
-    assert {against for *_, against in found} == {4.0}
-    least = 6 * 5 * 2 * (2 * 4 + 9) * 4 / 0.5e6
-    assert [(mode, pytest.approx(value)) for _, mode, value, _ in found] == [
-        ("similarity, forward", least),
-        ("similarity, backward", 2 * least),
-        ("aggregate, forward", least),
-        ("aggregate, backward", 2 * least),
+    monkeypatch.setattr(unfused, "copy_gb_s", lambda moved, budget_s: moved)
+    least = 6 * 5 * 2 * (2 * 4 + 9) * 4
+    assert [(mode, pytest.approx(value), against) for _, mode, value, against in unfused.values(TINY, 0.1)] == [
+        ("similarity, forward", least / 0.5e6, least),
+        ("similarity, backward", 2 * least / 0.5e6, 2 * least),
+        ("aggregate, forward", least / 0.5e6, least),
+        ("aggregate, backward", 2 * least / 0.5e6, 2 * least),
     ]
 
 

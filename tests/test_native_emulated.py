@@ -37,13 +37,19 @@ def kinds() -> list:
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(task, form, row), row.depth, form)
-        kind = task, form, row.plan.band, row.plan.slots, row.plan.shared_by, group, row.plan.tile[0] > 4
+        shares = row.plan.units, row.plan.shared_by, group
+        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.tile[0] > 4
         found.setdefault(kind, (task, form, row))
     return list(found.values())
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("job", kinds(), ids=map(row_name, kinds()))
+def kinds_and_times() -> list:
+    """With late copies each, and with early ones where these overwrite what was read before."""
+    late = [pytest.param(job, True, id=f"{row_name(job)}-late") for job in kinds()]
+    return late + [pytest.param(job, False, id=f"{row_name(job)}-early") for job in kinds() if job[2].plan.band]
+
+
+@pytest.mark.parametrize(("job", "late"), kinds_and_times())
 def test_plans_are_within_their_budgets(job, late):
     """On maps of several tiles each way and a remainder, whose rows of weights are whole vectors, and are not."""
     task, form, row = job

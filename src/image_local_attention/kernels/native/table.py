@@ -205,8 +205,9 @@ _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
 }
 
 
-# Of the unfused tasks, not measured yet: tiles that hold weights as well as halos, of as few reads of the L2 cache as
-# leave a multiprocessor 8 warps or so. By what maps are, halves or floats, and whether columns lie side by side.
+# Of the unfused tasks, by what maps are, halves or floats, and whether columns lie side by side. With 16 and 32
+# channels by reasoning: tiles that hold weights as well as halos, of as few reads of the L2 cache as leave a
+# multiprocessor 8 warps or so.
 _TILES_OF_WEIGHTS = {
     ("half", False): (
         Row(16, 5, Plan((8, 8), 8, 3, 2)),
@@ -217,9 +218,6 @@ _TILES_OF_WEIGHTS = {
         Row(32, 9, Plan((8, 16), 8, 3, 2, 64)),
         Row(32, 13, Plan((8, 16), 8, 2, 2, 64)),
         Row(32, 21, Plan((8, 16), 8, 1, 2, 64)),
-        Row(64, 9, Plan((8, 16), 8, 2, 2)),
-        Row(64, 13, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
-        Row(64, 21, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
     ),
     ("half", True): (
         Row(16, 9, Plan((8, 16), 8, 4, 2)),
@@ -228,9 +226,6 @@ _TILES_OF_WEIGHTS = {
         Row(32, 9, Plan((8, 16), 8, 3, 2)),
         Row(32, 13, Plan((8, 16), 8, 2, 2)),
         Row(32, 21, Plan((8, 16), 8, 1, 2)),
-        Row(64, 9, Plan((8, 16), 8, 2, 2)),
-        Row(64, 13, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
-        Row(64, 21, Plan((4, 16), 4, 2, 2, band=2, slots=3)),
     ),
     ("single", False): (
         Row(16, 5, Plan((8, 8), 8, 2, 1)),
@@ -240,10 +235,6 @@ _TILES_OF_WEIGHTS = {
         Row(32, 9, Plan((8, 16), 8, 2, 1)),
         Row(32, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
         Row(32, 21, Plan((4, 8), 2, 2, 1, band=4, slots=3)),
-        Row(64, 5, Plan((8, 8), 4, 3, 1)),
-        Row(64, 9, Plan((4, 16), 4, 3, 1, band=2, slots=3)),
-        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
-        Row(64, 21, Plan((4, 8), 2, 2, 1, band=2, slots=3)),
     ),
     ("single", True): (
         Row(16, 9, Plan((8, 16), 8, 2, 1)),
@@ -252,10 +243,6 @@ _TILES_OF_WEIGHTS = {
         Row(32, 9, Plan((8, 16), 8, 2, 1)),
         Row(32, 13, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
         Row(32, 21, Plan((4, 8), 2, 2, 1, band=4, slots=3)),
-        Row(64, 5, Plan((8, 8), 4, 2, 1)),
-        Row(64, 9, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
-        Row(64, 13, Plan((4, 16), 4, 2, 1, band=2, slots=3)),
-        Row(64, 21, Plan((4, 8), 2, 2, 1, band=2, slots=2)),
     ),
 }
 _GATHERED_WEIGHTS = {
@@ -264,45 +251,91 @@ _GATHERED_WEIGHTS = {
         Row(16, 21, Plan((8, 16), 8, 4, 2, 32)),
         Row(32, 5, Plan((8, 8), 8, 3, 2)),
         Row(32, 21, Plan((8, 16), 8, 3, 2, 64)),
-        Row(64, 13, Plan((8, 16), 8, 2, 2)),
-        Row(64, 21, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
     ),
     ("half", True): (
         Row(16, 21, Plan((8, 16), 8, 4, 2)),
         Row(32, 21, Plan((8, 16), 8, 2, 2)),
-        Row(64, 13, Plan((8, 16), 8, 2, 2)),
-        Row(64, 21, Plan((8, 16), 8, 2, 2, band=2, slots=3)),
     ),
     ("single", False): (
         Row(16, 21, Plan((8, 16), 8, 2, 1, 64)),
         Row(32, 13, Plan((8, 16), 8, 2, 1)),
         Row(32, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
-        Row(64, 9, Plan((8, 16), 8, 2, 1)),
-        Row(64, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
     ),
     ("single", True): (
         Row(16, 21, Plan((8, 16), 8, 2, 1)),
         Row(32, 13, Plan((8, 16), 8, 2, 1)),
         Row(32, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
-        Row(64, 9, Plan((8, 16), 8, 2, 1)),
-        Row(64, 21, Plan((8, 16), 8, 2, 1, band=2, slots=3)),
+    ),
+}
+# With 64 channels: the figure is milliseconds at 256x256, exact ones of floats.
+_UNFUSED_64 = {
+    ("similarity", "half", False): (
+        Row(64, 5, Plan((4, 16), 4, 2, 4)),  # 0.011
+        Row(64, 9, Plan((8, 16), 4, 3, 2, band=2, slots=2, units=2)),  # 0.016
+        Row(64, 21, Plan((4, 16), 8, 2, 2, band=4, slots=2, shared_by=2)),  # 0.049
+    ),
+    ("similarity", "half", True): (
+        Row(64, 5, Plan((4, 32), 8, 4, 2, band=2, slots=2)),  # 0.017
+        Row(64, 9, Plan((8, 16), 4, 4, 1, band=2, slots=2, units=2)),  # 0.025
+        Row(64, 21, Plan((4, 16), 8, 2, 2, band=2, slots=3, shared_by=2)),  # 0.071
+    ),
+    ("similarity", "single", False): (
+        Row(64, 5, Plan((4, 8), 2, 4, 1, band=2, slots=2)),  # 0.023
+        Row(64, 9, Plan((4, 32), 4, 1, 2, band=2, slots=2, units=2)),  # 0.037
+        Row(64, 21, Plan((4, 8), 4, 2, 2, band=4, slots=2, shared_by=2)),  # 0.134
+    ),
+    ("similarity", "single", True): (
+        Row(64, 5, Plan((4, 32), 8, 2, 1)),  # 0.028
+        Row(64, 9, Plan((4, 32), 4, 2, 2, band=2, slots=2, units=2)),  # 0.039
+        Row(64, 21, Plan((4, 8), 4, 2, 2, band=2, slots=2, shared_by=2)),  # 0.155
+    ),
+    ("aggregate", "half", False): (
+        Row(64, 5, Plan((4, 8), 2, 2, 1)),  # 0.010
+        Row(64, 9, Plan((4, 16), 2, 2, 4, band=4, slots=2, units=2)),  # 0.015
+        Row(64, 21, Plan((4, 16), 4, 2, 4, band=4, slots=2)),  # 0.047
+    ),
+    ("aggregate", "half", True): (
+        Row(64, 5, Plan((4, 32), 4, 3, 1, band=2, slots=2, units=2)),  # 0.016
+        Row(64, 9, Plan((4, 32), 4, 1, 2, band=4, slots=2, units=2)),  # 0.024
+        Row(64, 21, Plan((4, 32), 4, 1, 4, band=4, slots=2, units=2)),  # 0.065
+    ),
+    ("aggregate", "single", False): (
+        Row(64, 5, Plan((4, 8), 2, 8, 1, band=2, slots=2)),  # 0.018
+        Row(64, 9, Plan((4, 16), 4, 3, 1, band=4, slots=2)),  # 0.033
+        Row(64, 21, Plan((4, 8), 2, 2, 2, band=4, slots=2)),  # 0.134
+    ),
+    ("aggregate", "single", True): (
+        Row(64, 5, Plan((4, 32), 8, 1, 1, band=2, slots=2)),  # 0.027
+        Row(64, 9, Plan((4, 32), 4, 1, 2, band=2, slots=2, units=2)),  # 0.044
+        Row(64, 21, Plan((4, 8), 2, 2, 2, band=2, slots=2)),  # 0.155
+    ),
+    ("aggregate_transpose", "half", False): (
+        Row(64, 5, Plan((4, 32), 4, 3, 1, units=2)),  # 0.012
+        Row(64, 9, Plan((4, 16), 4, 1, 2, band=2, slots=2)),  # 0.017
+        Row(64, 21, Plan((4, 32), 4, 1, 4, band=4, slots=2, units=2)),  # 0.044
+    ),
+    ("aggregate_transpose", "half", True): (
+        Row(64, 5, Plan((4, 32), 4, 4, 1, band=2, slots=3, units=2)),  # 0.018
+        Row(64, 9, Plan((4, 32), 4, 4, 1, band=2, slots=2, units=2)),  # 0.022
+        Row(64, 21, Plan((8, 16), 4, 1, 2, band=4, slots=2, units=2)),  # 0.063
+    ),
+    ("aggregate_transpose", "single", False): (
+        Row(64, 5, Plan((8, 8), 4, 3, 2)),  # 0.022
+        Row(64, 9, Plan((8, 8), 4, 3, 2)),  # 0.037
+        Row(64, 21, Plan((4, 32), 4, 1, 1, band=2, slots=2, units=2)),  # 0.120
+    ),
+    ("aggregate_transpose", "single", True): (
+        Row(64, 5, Plan((4, 32), 8, 2, 1, band=2, slots=3)),  # 0.028
+        Row(64, 9, Plan((4, 32), 4, 3, 1, band=2, slots=2, units=2)),  # 0.040
+        Row(64, 21, Plan((4, 32), 4, 2, 2, band=2, slots=2, units=2)),  # 0.123
     ),
 }
 _TABLE |= {
-    (task, product, planes): rows
+    (task, product, planes): (*tables[numbers, planes], *_UNFUSED_64[task, numbers, planes])
     for tasks, tables in ((UNFUSED[:2], _TILES_OF_WEIGHTS), (UNFUSED[2:], _GATHERED_WEIGHTS))
     for task in tasks
-    for (numbers, planes), rows in tables.items()
+    for numbers, planes in tables
     for product in (("half",) if numbers == "half" else ("tf32", "three-pass"))
-}
-# Tiles so small that a scheduler has one warp, unless two take turns at a subtile.
-_TABLE |= {
-    ("similarity", product, planes): (
-        *_TILES_OF_WEIGHTS["single", planes][:-1],
-        Row(64, 21, Plan((4, 8), 4, 2, 1, band=2, slots=2 if planes else 3, shared_by=2)),
-    )
-    for product in ("tf32", "three-pass")
-    for planes in (False, True)
 }
 
 

@@ -43,6 +43,7 @@ LAW = {
 _TILE = {"kernels.geometry", "kernels.tile"}
 KERNEL_LAW = {
     "kernels.cache": set(),
+    "kernels.context": set(),
     "kernels.geometry": set(),
     "kernels.integers": set(),
     "kernels.tile": {"kernels.geometry"},
@@ -63,7 +64,7 @@ KERNEL_LAW = {
         "kernels.native.table",
         "kernels.source",
     },
-    "kernels.native.driver": {"kernels.integers"},
+    "kernels.native.driver": {"kernels.context", "kernels.integers"},
     "kernels.native.nvrtc": {"kernels.cache"},
     "kernels.native.plan": {"kernels.integers"},
     "kernels.native.table": {"kernels.native.plan"},

@@ -282,6 +282,20 @@ def test_the_first_that_a_thread_does_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_the_first_that_a_thread_does_on_a_gpu_in_triton():
+    """Whose descriptors are made before it asks for a context."""
+    maps = [torch.randn(1, 16, 9, 9, device="cuda").contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    results = []
+    with native.portable():
+        wanted = local_similarity(*maps, 3)
+        thread = threading.Thread(target=lambda: results.append(local_similarity(*maps, 3)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP32], ids=["bf16", "fp32"])
 def test_maps_past_two_to_the_31_elements(dtype):
     """One head of 64 channels: the last rows are those of the same map cut off there."""

@@ -13,6 +13,7 @@ from ..rules import Rules
 from ..window import Axis, Window
 from . import gpu as gpus
 from . import plan, remembered
+from .context import bind_thread
 from .geometry import Span, images, spans
 from .integers import cdiv
 from .source import Source, column_step, layout_of, source
@@ -213,6 +214,7 @@ class Launch:
         self.sources = [source(*each) for each in zip(maps, shapes, arranged.ways, strict=True)]
         self._window = (self.plan.tile[0] + y.reach - 1) * y.lattice, x.reach * x.lattice
         self._pixel_bytes = sum(each.shape[1] * each.shape[4] * each.element_size() for each in streamed)
+        self.nvidia = gpu.nvidia
         self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
@@ -260,6 +262,8 @@ class Launch:
             strip = heads * strip_tiles(grid[0] // heads, self.plan.tile[1], self._window, self._pixel_bytes)
             constants |= {"FLAT": len(grid) == 1, "STRIP": 0 if len(grid) == 1 else strip}
         with torch.cuda.device_of(self.first):
+            if self.nvidia:
+                bind_thread()
             kernel[grid](
                 *args,
                 **self.constants,

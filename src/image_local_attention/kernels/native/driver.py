@@ -3,11 +3,11 @@
 import ctypes
 import functools
 import struct
-import threading
 
 import torch
 from torch import Tensor
 
+from ..context import bind_thread, checked, driver
 from ..integers import cdiv
 
 _SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -23,21 +23,21 @@ class Kernel:
     """A kernel of a cubin, on the current device. shared: bytes of shared memory that a block takes."""
 
     def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
-        _bind_thread()
+        bind_thread()
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        _checked(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
-        _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        _checked(_driver().cuFuncSetAttribute(function, _SHARED_SIZE, shared))
+        checked(driver().cuModuleLoadData(ctypes.byref(module), cubin))
+        checked(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        checked(driver().cuFuncSetAttribute(function, _SHARED_SIZE, shared))
         self._function, self._threads, self._shared = function, threads, shared
-        self._launch = _driver().cuLaunchKernel
+        self._launch = driver().cuLaunchKernel
 
     def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
         """Launches with `arguments`, the kernel's one argument, a struct."""
-        _bind_thread()
+        bind_thread()
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
+        checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
 
 
 def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
@@ -75,7 +75,7 @@ def _tensor_map(
     steps = [step * element if size > 1 else _STRIDE for step, size in zip(steps[1:], sizes[1:], strict=True)]
     room = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     start = -ctypes.addressof(room) % _MAP_ALIGNMENT
-    status = _driver().cuTensorMapEncodeTiled(
+    status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(room) + start),
         _UNSIGNED[element],
         4,
@@ -89,32 +89,5 @@ def _tensor_map(
         _PROMOTION,
         0,
     )
-    _checked(status)
+    checked(status)
     return room.raw[start : start + _MAP_BYTES]
-
-
-_thread = threading.local()
-
-
-def _bind_thread() -> None:
-    """Gives a thread that has used no GPU yet the context of the current device, as torch would at its first kernel."""
-    if getattr(_thread, "bound", False):
-        return
-    context, device = ctypes.c_void_p(), torch.cuda.current_device()
-    _checked(_driver().cuCtxGetCurrent(ctypes.byref(context)))
-    if not context:
-        _checked(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-        _checked(_driver().cuCtxSetCurrent(context))
-    _thread.bound = True
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _checked(status: int) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {text.value.decode() if text.value else status}")

@@ -214,7 +214,7 @@ class Launch:
         self.sources = [source(*each) for each in zip(maps, shapes, arranged.ways, strict=True)]
         self._window = (self.plan.tile[0] + y.reach - 1) * y.lattice, x.reach * x.lattice
         self._pixel_bytes = sum(each.shape[1] * each.shape[4] * each.element_size() for each in streamed)
-        self.nvidia = gpu.nvidia
+        self.on_nvidia = gpu.nvidia and self.first.is_cuda
         self.limits = {"maxnreg": self.plan.max_registers} if gpu.nvidia and self.plan.max_registers else {}
         self.constants = problem.constants | {
             "TH": self.plan.tile[0],
@@ -262,7 +262,7 @@ class Launch:
             strip = heads * strip_tiles(grid[0] // heads, self.plan.tile[1], self._window, self._pixel_bytes)
             constants |= {"FLAT": len(grid) == 1, "STRIP": 0 if len(grid) == 1 else strip}
         with torch.cuda.device_of(self.first):
-            if self.nvidia:
+            if self.on_nvidia:
                 bind_thread()
             kernel[grid](
                 *args,

@@ -76,21 +76,29 @@ class Problem:
             sized, steps = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384)), (1, 2)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        sharing, bands, large = [(1, 1)], BANDS, LARGE  # sharing: units of a warp, and warps of a unit
-        if not single or case.depth <= 32:
-            sharing += [(2, 1)]
+        bands = BANDS
         if self.task in UNFUSED:
-            sized, steps, bands, large = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS, ()
-            sharing = [(1, 1), (2, 1), (1, 2)] if self.task == "similarity" else [(1, 1), (2, 1)]
-        for tile, (band, slots), step, (units, sharers) in itertools.product((*TILES, *large), bands, steps, sharing):
-            if tile in LARGE and units == 1 and (single or not self.form.planes):
-                continue
-            for warps in {tile[0] * tile[1] // (16 * units) * sharers * heads for heads in (1, 2, 4)}:
+            sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
+        for (units, sharers), (band, slots), step in itertools.product(self._sharing(), bands, steps):
+            for tile, heads in itertools.product(self._tiles(units), (1, 2, 4)):
+                warps = tile[0] * tile[1] // (16 * units) * sharers * heads
                 residents = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in residents | ({1} if case.queries <= SMALL else set()):
                     plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=sharers)
                     if self._fits(plan):
                         yield plan
+
+    def _sharing(self) -> Iterator[tuple[int, int]]:
+        """Units of a warp, and warps of a unit. Sums of two units of many floats would take too many registers."""
+        yield 1, 1
+        if self.task in UNFUSED or self.form.element == 2 or self.case.depth <= 32:
+            yield 2, 1
+        if self.task == "similarity":
+            yield 1, 2
+
+    def _tiles(self, units: int) -> tuple[tuple[int, int], ...]:
+        large = units == 2 or (self.form.planes and self.form.element == 2)
+        return (*TILES, *LARGE) if large and self.task not in UNFUSED else TILES
 
     def _fits(self, plan: Plan) -> bool:
         group = plan.group(self.case.heads, self.case.depth, self.form)

@@ -1,6 +1,7 @@
 """Plans of the native kernels: tiles, warps and bands of halos, and what a block holds under one.
 
-A warp's 16 pixels see few keys that count for none of them, so tiles need no other shape than what makes halos cheap.
+A warp's 16 or 32 pixels see few keys that count for none of them, so tiles need no other shape than what makes halos
+cheap.
 """
 
 from dataclasses import dataclass

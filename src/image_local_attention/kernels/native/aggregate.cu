@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
     float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
-#pragma unroll UNROLL
+#pragma unroll AT_ONCE
       for (int pair = 0; pair < PAIRS; pair++) {
         Number p[UNITS][2][4];
         pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {

@@ -17,7 +17,7 @@ struct Gathered {
 
 // Weights of so many pairs of blocks are under way at once: latency is what they are waited for. Each has registers of
 // its own, so bands are rounded up to pairs that meet nobody.
-constexpr int AHEAD = UNROLL, ROUNDED = ceil_div(PAIRS, AHEAD) * AHEAD;
+constexpr int AHEAD = AT_ONCE;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     aggregate_transpose(const __grid_constant__ Arguments a) {
@@ -55,14 +55,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     for (int i = 0; i < AHEAD; i++) gather(under_way[i], 0, i);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
 #pragma unroll 1
-      for (int first = 0; first < ROUNDED; first += AHEAD) {
-        const bool last = first + AHEAD == ROUNDED;
+      for (int first = 0; first < ROUNDED_PAIRS; first += AHEAD) {
+        const bool last = first + AHEAD == ROUNDED_PAIRS;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
           Weights packed[UNITS];
           pack_weights(packed, under_way[i].of);
           gather(under_way[i], seen_band + last, last ? i : first + AHEAD + i);
-          if (ROUNDED == PAIRS || first + i < PAIRS)
+          if (ROUNDED_PAIRS == PAIRS || first + i < PAIRS)
             add_weighted(sum, packed, seen_of(halos.band(band), first + i, l), 0, head);
         }
       }

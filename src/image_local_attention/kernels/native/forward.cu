@@ -10,7 +10,7 @@ struct Arguments {
   u32 flip;      // of the kept maps' signs, where the scale is negative
 };
 
-constexpr int CHUNKS = ceil_div(PAIRS, CHUNK);
+constexpr int CHUNK = AT_ONCE, CHUNKS = ROUNDED_PAIRS / CHUNK;
 // Of a maximum: below any logit. Weights of a row that has seen nothing yet are scaled down to 0 when it does.
 constexpr float LEAST = -1e30f;
 constexpr float SLACK = 8.0f;  // that a logit may exceed the maximum by before sums are scaled down

@@ -23,9 +23,11 @@ constexpr int WARP_HEADS = SUBTILES * SHARED_BY * GROUP / WARPS;  // heads that 
 constexpr bool WHOLE = BANDS == 1;
 constexpr int SEEN_ROWS = WHOLE ? SEEN_H : BAND_H, SEEN_BANDS = ceil_div(SEEN_H, SEEN_ROWS);
 constexpr int SEEN = SEEN_ROWS * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);  // of a band
+constexpr int ROUNDED_PAIRS = ceil_div(PAIRS, AT_ONCE) * AT_ONCE;  // those past the last are of pixels seen before
 
 // Two columns of a lane's fragment are pixels side by side, the first on an even place.
 [[maybe_unused]] constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
+[[maybe_unused]] constexpr int COLUMNS_APART = SIDE_BY_SIDE ? 0 : 1;
 
 constexpr int CHANNELS = GROUP * DEPTH;
 constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channels: 32 bytes of them
@@ -63,12 +65,28 @@ struct Lane {
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
 
-  // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
-  // Rows are ROW pixels apart.
+  // Of a band, where this subtile's view of it begins. Rows are ROW pixels apart.
   template <int ROW = HALO_W>
-  INLINE int band_pixel(int seen, int last = SEEN - 1) const {
-    const int number = min(seen, last), y = number / SEEN_W;
-    return ((WHOLE ? sub_y : 0) + y) * ROW + sub_x + SKIP + number - y * SEEN_W;
+  INLINE int view() const {
+    return (WHOLE ? sub_y : 0) * ROW + sub_x + SKIP;
+  }
+};
+
+// From where a view of a band begins, the pixel seen as number `seen`; numbers past the last are of one before `last`.
+template <int ROW = HALO_W>
+constexpr INLINE int seen_pixel(int seen, int last = SEEN - 1) {
+  const int number = seen < last ? seen : last, y = number / SEEN_W;
+  return y * ROW + number - y * SEEN_W;
+}
+
+// What a lane asks for, row by row, worked out when this is compiled.
+template <typename Entry, int ROWS>
+struct Table {
+  Entry of[ROWS][32];
+
+  constexpr Table() : of() {
+    for (int row = 0; row < ROWS; row++)
+      for (int lane = 0; lane < 32; lane++) of[row][lane] = Entry::at(row, lane);
   }
 };
 

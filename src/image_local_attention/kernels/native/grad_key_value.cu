@@ -21,6 +21,22 @@ struct alignas(16) Queries {
   Query first, second;
 };
 
+// Of two blocks of 8 pixels that are seen, the places of a lane's two columns, or of both if these are side by side.
+struct alignas(8) QueriesSeen {
+  u32 of[2][COLUMNS_APART + 1];
+
+  static constexpr QueriesSeen at(int pair, int lane) {
+    QueriesSeen queries = {};
+    for (int i = 0; i < 4; i++) {
+      const int seen = 16 * pair + i / 2 * 8 + lane % 4 * 2;
+      queries.of[i / 2][i % 2 * COLUMNS_APART] = seen_pixel(seen + i % 2 * COLUMNS_APART, SEEN - 2 + COLUMNS_APART);
+    }
+    return queries;
+  }
+};
+
+__device__ constexpr Table<QueriesSeen, ROUNDED_PAIRS> queries_table;
+
 // Log-sum-exp and delta of the halo's queries, of every head: one that is not in the map has no weight.
 INLINE void load_queries(Query* queries, const Arguments& a, const Place& at, int thread, const Halos& halos) {
   for (int i = thread; i < HALO_PIXELS * GROUP; i += WARPS * 32) {
@@ -64,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     zero(sum_k);
     zero(sum_v);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-      const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS;
-#pragma unroll UNROLL
+      const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS + l.view();
+#pragma unroll AT_ONCE
       for (int pair = 0; pair < PAIRS; pair++) {
         const Seen seen = seen_of(halos.band(band), pair, l);
         float p[UNITS][2][4], dp[UNITS][2][4];
@@ -75,12 +91,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
         add_scores(dp, v, seen, BAND_ROOM, head);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-          const int first = 16 * pair + 8 * n + 2 * l.member;
+          const QueriesSeen& at_columns = queries_table.of[pair][l.lane];
           Queries of;
           if (SIDE_BY_SIDE)
-            of = *reinterpret_cast<const Queries*>(query + l.band_pixel(first, SEEN - 2));
+            of = *reinterpret_cast<const Queries*>(query + at_columns.of[n][0]);
           else
-            of = {query[l.band_pixel(first)], query[l.band_pixel(first + 1)]};
+            of = {query[at_columns.of[n][0]], query[at_columns.of[n][COLUMNS_APART]]};
 #pragma unroll
           for (int i = 0; i < 4 * UNITS; i++) {
             const Query& at_column = i % 2 ? of.second : of.first;

@@ -57,26 +57,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
       if (l.member == 0 && rows.low_there) to[0] = delta[unit].low;
       if (l.member == 0 && rows.high_there) to[NEXT_ROWS * a.width] = delta[unit].high;
     }
+    float less_delta[UNITS][4];
+#pragma unroll
+    for (int i = 0; i < 4 * UNITS; i++)
+      less_delta[i / 4][i % 4] = begin_less(i % 4 < 2 ? delta[i / 4].low : delta[i / 4].high);
     float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-#pragma unroll UNROLL
+#pragma unroll AT_ONCE
       for (int pair = 0; pair < PAIRS; pair++) {
         const Seen seen = seen_of(halos.band(band), pair, l);
         float s[UNITS][2][4], dp[UNITS][2][4];
         visibility.start(s, hidden_of(seen_band, pair, l));
         add_scores(s, q, seen, 0, head);
-        zero(dp);
+#pragma unroll
+        for (int i = 0; i < 8 * UNITS; i++) dp[i / 8][i / 4 % 2][i % 4] = less_delta[i / 8][i % 4];
         add_scores(dp, g, seen, BAND_ROOM, head);
 #pragma unroll
         for (int i = 0; i < 2 * UNITS; i++) {
           const int unit = i / 2;
           float(&p)[4] = s[unit][i % 2];
           const float(&d)[4] = dp[unit][i % 2];
-          p[0] = weight_of(p[0], a.factor, lse[unit].low) * (d[0] - delta[unit].low);
-          p[1] = weight_of(p[1], a.factor, lse[unit].low) * (d[1] - delta[unit].low);
-          p[2] = weight_of(p[2], a.factor, lse[unit].high) * (d[2] - delta[unit].high);
-          p[3] = weight_of(p[3], a.factor, lse[unit].high) * (d[3] - delta[unit].high);
+          p[0] = weight_of(p[0], a.factor, lse[unit].low) * end_less(d[0], delta[unit].low);
+          p[1] = weight_of(p[1], a.factor, lse[unit].low) * end_less(d[1], delta[unit].low);
+          p[2] = weight_of(p[2], a.factor, lse[unit].high) * end_less(d[2], delta[unit].high);
+          p[3] = weight_of(p[3], a.factor, lse[unit].high) * end_less(d[3], delta[unit].high);
         }
         Weights ds[UNITS];
         pack_weights(ds, s);

@@ -13,33 +13,37 @@ struct Weights {  // of 16 pixels, the rows, and 16 that are seen
   u32 of[4];
 };
 
-using Seen = u32;  // address of a lane's row of the fragments of 16 pixels of a band
+// Four 8x8 matrices are loaded at once: two blocks of 8 pixels with 16 channels. Each lane has a row of one of them, 16
+// bytes: 8 channels of a pixel or, in planes, 8 columns of a channel.
 
-// Address of a lane's row of a fragment, in a tile or band of so many COLUMNS: 16 bytes of 8 channels of one pixel, or,
-// in planes, of 8 columns of one channel. Of its four matrices lanes 8 to 15 have the pixels 8 later, lanes 16 to 31
-// the channels 8 later. pixel: its number; in planes, rows are as far apart as their channels make them.
-template <int COLUMNS, int PATTERN>
-INLINE u32 address_of(u32 start, int lane, int pixel) {
-  static_assert(!PLANES || PATTERN == 16 || 32 * COLUMNS % (8 * PATTERN) == 0, "16 channels are whole patterns");
-  if (!PLANES) return start + swizzled(pixel * CHANNELS * 2, PATTERN) ^ (lane >> 4) << 4;
-  const int channel = (lane & 7) + (lane >> 4) * 8;
-  return start + swizzled((channel * COLUMNS + pixel) * 2, PATTERN);
+constexpr int PIXEL = PLANES ? 2 : CHANNELS * 2;  // bytes
+
+// Between rows of so many columns, in pixels; rows of planes are as far apart as their channels make them.
+constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : columns; }
+
+// Bytes to row number `row` of a matrix in a tile or band of so many COLUMNS, before they are swizzled. pixel: of this
+// row or, in planes, the matrix's first. later: whether it has the channels that are 8 later.
+template <int COLUMNS>
+constexpr INLINE int matrix_row(int pixel, bool later, int row) {
+  return pixel * PIXEL + (PLANES ? (later * 8 + row) * COLUMNS * 2 : later * 16);
 }
 
-// The same of the channels that are `step` times 16 later.
-template <int COLUMNS>
+// An address, of the channels that are `step` times 16 later.
+template <int COLUMNS, int PATTERN>
 INLINE u32 at_step(u32 address, int step) {
+  static_assert(!PLANES || PATTERN == 16 || 32 * COLUMNS % (8 * PATTERN) == 0, "16 channels are whole patterns");
   return PLANES ? address + step * 16 * COLUMNS * 2 : address ^ step * 32;
 }
-
-// Between rows of so many columns, in what `address_of` counts.
-constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : columns; }
 
 // Logits are in powers of two, by one operation with that of a weight: these are known to no more than 8 or 11 bits.
 INLINE float weight_of(float product, float factor, float less) { return exp2_of(fmaf(product, factor, -less)); }
 INLINE float power_of(float logit) { return exp2_of(logit); }
 INLINE float from_natural(float logit) { return logit * LOG2E; }
 INLINE float log_sum_exp(float most, float sum) { return (most + __log2f(sum)) * LN2; }
+
+// What a sum of products begins with, and what it then is, for some number less than the sum to come of it.
+INLINE float begin_less(float number) { return -number; }
+INLINE float end_less(float sum, float) { return sum; }
 
 INLINE u32 pack(float low, float high) { return pack_halves<BF16>(low, high); }
 
@@ -90,11 +94,12 @@ struct Kept {
   // By one thread, when all have stored what is theirs.
   INLINE void copy_out() const { ::copy_out(tile, map, at.channel, at.x, at.y, at.image); }
 
-  // Address of this lane's row of a unit's fragments.
-  INLINE u32 row(int unit) const {
+  // Address of this lane's row of a unit's fragments, of a step along channels.
+  INLINE u32 row(int unit, int step) const {
     const int number = PLANES ? l.lane & 8 : l.lane & 15;
     const int pixel = (l.sub_y + row_y(unit, number)) * row_step(TILE_W) + l.sub_x + row_x(unit, number);
-    return address_of<TILE_W, TILE_PATTERN>(tile, l.lane, pixel);
+    const int bytes = matrix_row<TILE_W>(pixel, l.lane >> 4, l.lane & 7);
+    return at_step<TILE_W, TILE_PATTERN>(swizzled(tile + bytes, TILE_PATTERN), step);
   }
 
   // flip: the sign bits of two halves, or 0
@@ -103,7 +108,7 @@ struct Kept {
     for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        load_matrices<PLANES>(kept[unit].of[step], at_step<TILE_W>(row(unit), head * STEPS + step));
+        load_matrices<PLANES>(kept[unit].of[step], row(unit, head * STEPS + step));
 #pragma unroll
         for (int i = 0; i < 4; i++) kept[unit].of[step][i] ^= flip;
       }
@@ -118,7 +123,7 @@ struct Kept {
       for (int step = 0; step < STEPS; step++) {
         u32 mine[4];
         const u32(&of)[4] = other[unit].of[step];
-        load_matrices<PLANES>(mine, at_step<TILE_W>(row(unit), head * STEPS + step));
+        load_matrices<PLANES>(mine, row(unit, head * STEPS + step));
         low += product_of_two(of[0], mine[0]) + product_of_two(of[2], mine[2]);
         high += product_of_two(of[1], mine[1]) + product_of_two(of[3], mine[3]);
       }
@@ -134,7 +139,7 @@ struct Kept {
       for (int step = 0; step < STEPS; step++) {
         const float(&a)[4] = sums[unit][2 * step], (&b)[4] = sums[unit][2 * step + 1];
         const float low = factors[unit].low, high = factors[unit].high;
-        store_matrices<PLANES>(at_step<TILE_W>(row(unit), head * STEPS + step), pack(a[0] * low, a[1] * low),
+        store_matrices<PLANES>(row(unit, head * STEPS + step), pack(a[0] * low, a[1] * low),
                                pack(a[2] * high, a[3] * high), pack(b[0] * low, b[1] * low),
                                pack(b[2] * high, b[3] * high));
       }
@@ -152,32 +157,52 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
   }
 }
 
+// Of 16 pixels of a band, the lane's rows of matrices. What a product takes at once is loaded side by side: for scores
+// either half of the channels, to be weighted either block.
+struct alignas(8) Seen {
+  u32 scored, weighted;  // addresses; in the table, bytes from the view's first pixel, before they are swizzled
+
+  static constexpr Seen at(int pair, int lane) {
+    const bool first = lane >> 3 & 1, second = lane >> 4;
+    return {row(16 * pair + 8 * second, first, lane & 7), row(16 * pair + 8 * first, second, lane & 7)};
+  }
+
+  static constexpr u32 row(int block, bool later, int row) {
+    constexpr int STEP = row_step(HALO_W);
+    const int pixel = PLANES ? seen_pixel<STEP>(block, SEEN - 8) : seen_pixel<STEP>(block + row);
+    return matrix_row<HALO_W>(pixel, later, row);
+  }
+};
+
+__device__ constexpr Table<Seen, ROUNDED_PAIRS> seen_table;
+
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const int first = 16 * pair + (PLANES ? l.lane & 8 : l.lane & 15);
-  const int pixel = l.band_pixel<row_step(HALO_W)>(first, PLANES ? SEEN - 8 : SEEN - 1);
-  return address_of<HALO_W, HALO_PATTERN>(band, l.lane, pixel);
+  const u32 view = band + l.view<row_step(HALO_W)>() * PIXEL;
+  const Seen bytes = seen_table.of[pair][l.lane];
+  return {swizzled(view + bytes.scored, HALO_PATTERN), swizzled(view + bytes.weighted, HALO_PATTERN)};
 }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
-INLINE void add_scores(float (&s)[UNITS][2][4], const Fragments (&kept)[UNITS], Seen seen, u32 map, int head) {
+INLINE void add_scores(float (&s)[UNITS][2][4], const Fragments (&kept)[UNITS], const Seen& seen, u32 map, int head) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
+    load_matrices<PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.scored, head * STEPS + step) + map);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
-      multiply_halves<BF16>(s[unit][0], kept[unit].of[step], r[0], r[2]);
-      multiply_halves<BF16>(s[unit][1], kept[unit].of[step], r[1], r[3]);
+      multiply_halves<BF16>(s[unit][0], kept[unit].of[step], r[0], r[1]);
+      multiply_halves<BF16>(s[unit][1], kept[unit].of[step], r[2], r[3]);
     }
   }
 }
 
 // sums += weights @ the same 16 pixels
-INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)[UNITS], Seen seen, u32 map, int head) {
+INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)[UNITS], const Seen& seen, u32 map,
+                         int head) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<!PLANES>(r, at_step<HALO_W>(seen + map, head * STEPS + step));
+    load_matrices<!PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.weighted, head * STEPS + step) + map);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
       multiply_halves<BF16>(sums[unit][2 * step], weights[unit].of, r[0], r[1]);

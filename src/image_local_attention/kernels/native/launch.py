@@ -130,7 +130,7 @@ class Compiled(NamedTuple):
             "WARPS": plan.warps,
             "SHARED_BY": plan.shared_by,
             "RESIDENT": plan.resident,
-            "CHUNK" if self.task == "forward" else "UNROLL": min(plan.step, held.pairs),
+            "AT_ONCE": min(plan.step, held.pairs),
         }
         return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
 

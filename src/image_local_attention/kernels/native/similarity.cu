@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) similarity(co
     query.load(q, head);
     const float scale = a.scale;
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
-#pragma unroll UNROLL
+#pragma unroll AT_ONCE
       for (int pair = l.share; pair < PAIRS; pair += SHARED_BY) {
         float s[UNITS][2][4];
         zero(s);

@@ -5,39 +5,32 @@ constexpr u32 HIDDEN = 0xFE80;  // -2^126: what it is added to vanishes beside i
 constexpr u32 ONE = 0x3F80;
 constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
 
-struct alignas(8 * WORDS) Hidden {
+struct alignas(8 * WORDS) Hidden {  // of two blocks of 8 pixels
   u32 block[2][WORDS];
-};
 
-struct HiddenTable {
-  Hidden of[SEEN_BANDS * PAIRS + 1][32];  // the last tells of pixels past all that are seen
-
-  constexpr HiddenTable() : of() {
-    for (int pair = 0; pair <= SEEN_BANDS * PAIRS; pair++)
-      for (int lane = 0; lane < 32; lane++)
-        for (int block = 0; block < 2; block++)
-          for (int word = 0; word < WORDS; word++) {
-            const int seen = pair < SEEN_BANDS * PAIRS ? 16 * (pair % PAIRS) + 8 * block + lane / 4 : SEEN;
-            const int y = pair / PAIRS * SEEN_ROWS + seen / SEEN_W, x = seen % SEEN_W + SKIP - PAD;
-            u32 hidden = 0;
-            for (int i = 0; i < 2; i++) {
-              const int place = 8 * word + lane % 4 * 2 + i;
-              const bool of_column = place < SUB_W;
-              const int kept = of_column ? place : place - SUB_W;
-              const int at = of_column ? x : y, kernel = of_column ? KERNEL_W : KERNEL_H;
-              const bool met = seen < SEEN && at >= kept && at - kept < kernel;
-              hidden |= (met || place >= SUB_W + SUB_H ? 0u : HIDDEN) << 16 * i;
-            }
-            of[pair][lane].block[block][word] = hidden;
-          }
+  static constexpr Hidden at(int row, int lane) {
+    Hidden hidden = {};
+    for (int block = 0; block < 2; block++) {
+      const int seen = 16 * (row % ROUNDED_PAIRS) + 8 * block + lane / 4;
+      const int y = row / ROUNDED_PAIRS * SEEN_ROWS + seen / SEEN_W, x = seen % SEEN_W + SKIP - PAD;
+      for (int i = 0; i < 2 * WORDS; i++) {
+        const int place = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const bool of_column = place < SUB_W;
+        const int kept = of_column ? place : place - SUB_W;
+        const int at = of_column ? x : y, kernel = of_column ? KERNEL_W : KERNEL_H;
+        const bool met = seen < SEEN && at >= kept && at - kept < kernel;
+        hidden.block[block][i / 2] |= (met || place >= SUB_W + SUB_H ? 0u : HIDDEN) << i % 2 * 16;
+      }
+    }
+    return hidden;
   }
 };
 
-__device__ constexpr HiddenTable hidden_table;
+__device__ constexpr Table<Hidden, SEEN_BANDS * ROUNDED_PAIRS> hidden_table;
 
 // Of a pair of blocks of what a subtile sees of a band; pairs past the last are hidden.
 INLINE Hidden hidden_of(int seen_band, int pair, const Lane& l) {
-  return hidden_table.of[pair < PAIRS ? seen_band * PAIRS + pair : SEEN_BANDS * PAIRS][l.lane];
+  return hidden_table.of[seen_band * ROUNDED_PAIRS + pair][l.lane];
 }
 
 struct Visibility {

@@ -375,8 +375,8 @@ void multiply_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   memcpy(c, mine.c, sizeof(c));
 }
 
-inline void product_of_halves(float (&c)[4], u32 a0, u32 a1, u32 b) {
-  emulator::Product mine = {{}, {a0, a1}, {b}};
+inline void multiply_8_halves(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  emulator::Product mine = {{c[0], c[1], c[2], c[3]}, {a0, a1}, {b}};
   mine = emulator::in_warp(mine, [](emulator::Product* p) { emulator::multiply_halves<true>(p, 8); });
   memcpy(c, mine.c, sizeof(c));
 }

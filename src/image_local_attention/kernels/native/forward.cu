@@ -10,7 +10,7 @@ struct Arguments {
   u32 flip;      // of the kept maps' signs, where the scale is negative
 };
 
-constexpr int CHUNK = AT_ONCE, CHUNKS = ROUNDED_PAIRS / CHUNK;
+constexpr int CHUNK = AT_ONCE, CHUNKS = STEPS_OF_BAND;
 // Of a maximum: below any logit. Weights of a row that has seen nothing yet are scaled down to 0 when it does.
 constexpr float LEAST = -1e30f;
 constexpr float SLACK = 8.0f;  // that a logit may exceed the maximum by before sums are scaled down
@@ -81,12 +81,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
 #pragma unroll 1
       for (int chunk = 0; chunk < CHUNKS; chunk++) {
         constexpr int blocks = CHUNKS == 1 ? BLOCKS : 2 * CHUNK;
+        const Hidden hidden = hidden_of(seen_band, chunk, l);
         float s[CHUNK][UNITS][2][4];
         Seen seen[CHUNK];
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
           const int pair = chunk * CHUNK + i;
-          visibility.start(s[i], hidden_of(seen_band, pair, l));
+          visibility.start(s[i], hidden, i);
           seen[i] = seen_of(halos.band(band), pair, l);
           add_scores(s[i], q, seen[i], 0, head);
         }

@@ -23,7 +23,8 @@ constexpr int WARP_HEADS = SUBTILES * SHARED_BY * GROUP / WARPS;  // heads that 
 constexpr bool WHOLE = BANDS == 1;
 constexpr int SEEN_ROWS = WHOLE ? SEEN_H : BAND_H, SEEN_BANDS = ceil_div(SEEN_H, SEEN_ROWS);
 constexpr int SEEN = SEEN_ROWS * SEEN_W, BLOCKS = ceil_div(SEEN, 8), PAIRS = ceil_div(BLOCKS, 2);  // of a band
-constexpr int ROUNDED_PAIRS = ceil_div(PAIRS, AT_ONCE) * AT_ONCE;  // those past the last are of pixels seen before
+constexpr int STEPS_OF_BAND = ceil_div(PAIRS, AT_ONCE);  // of pairs that are unrolled together
+constexpr int ROUNDED_PAIRS = STEPS_OF_BAND * AT_ONCE;   // those past the last see nothing
 
 // Two columns of a lane's fragment are pixels side by side, the first on an even place.
 [[maybe_unused]] constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
@@ -49,6 +50,15 @@ static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 1
 
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
+// number / SEEN_W, by a multiplication.
+constexpr INLINE int seen_row(int number) { return number * (65536 / SEEN_W + 1) >> 16; }
+constexpr bool rows_are_right() {
+  for (int number = 0; number < SEEN; number++)
+    if (seen_row(number) != number / SEEN_W) return false;
+  return true;
+}
+static_assert(rows_are_right(), "a row is found by a multiplication");
+
 struct Lane {
   int thread, lane, warp, group, member;  // fragments: rows `group` and `group + 8`, columns 2 * `member` and the next
   int sub_y, sub_x, first_head;           // the subtile's first pixel in the tile, and the warp's first head
@@ -65,28 +75,12 @@ struct Lane {
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
 
-  // Of a band, where this subtile's view of it begins. Rows are ROW pixels apart.
+  // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
+  // Rows are ROW pixels apart.
   template <int ROW = HALO_W>
-  INLINE int view() const {
-    return (WHOLE ? sub_y : 0) * ROW + sub_x + SKIP;
-  }
-};
-
-// From where a view of a band begins, the pixel seen as number `seen`; numbers past the last are of one before `last`.
-template <int ROW = HALO_W>
-constexpr INLINE int seen_pixel(int seen, int last = SEEN - 1) {
-  const int number = seen < last ? seen : last, y = number / SEEN_W;
-  return y * ROW + number - y * SEEN_W;
-}
-
-// What a lane asks for, row by row, worked out when this is compiled.
-template <typename Entry, int ROWS>
-struct Table {
-  Entry of[ROWS][32];
-
-  constexpr Table() : of() {
-    for (int row = 0; row < ROWS; row++)
-      for (int lane = 0; lane < 32; lane++) of[row][lane] = Entry::at(row, lane);
+  INLINE int band_pixel(int seen, int last = SEEN - 1) const {
+    const int number = 16 * ROUNDED_PAIRS == SEEN ? seen : min(seen, last), y = seen_row(number);
+    return ((WHOLE ? sub_y : 0) * ROW + sub_x + SKIP) + number + y * (ROW - SEEN_W);
   }
 };
 

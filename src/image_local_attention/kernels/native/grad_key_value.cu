@@ -13,39 +13,15 @@ struct Arguments {
 
 constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
 
-struct alignas(8) Query {
-  float lse, delta;  // lse in the unit of logits
-};
-
-struct alignas(16) Queries {
-  Query first, second;
-};
-
-// Of two blocks of 8 pixels that are seen, the places of a lane's two columns, or of both if these are side by side.
-struct alignas(8) QueriesSeen {
-  u32 of[2][COLUMNS_APART + 1];
-
-  static constexpr QueriesSeen at(int pair, int lane) {
-    QueriesSeen queries = {};
-    for (int i = 0; i < 4; i++) {
-      const int seen = 16 * pair + i / 2 * 8 + lane % 4 * 2;
-      queries.of[i / 2][i % 2 * COLUMNS_APART] = seen_pixel(seen + i % 2 * COLUMNS_APART, SEEN - 2 + COLUMNS_APART);
-    }
-    return queries;
-  }
-};
-
-__device__ constexpr Table<QueriesSeen, ROUNDED_PAIRS> queries_table;
-
-// Log-sum-exp and delta of the halo's queries, of every head: one that is not in the map has no weight.
+// Of every head.
 INLINE void load_queries(Query* queries, const Arguments& a, const Place& at, int thread, const Halos& halos) {
   for (int i = thread; i < HALO_PIXELS * GROUP; i += WARPS * 32) {
     const int head = i / HALO_PIXELS, pixel = i - head * HALO_PIXELS;
     const int y = halos.y + pixel / HALO_W, x = halos.x + pixel % HALO_W;
-    Query query = {__int_as_float(0x7F800000), 0.0f};
+    Query query = Query::none();
     if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
       const long long from = at.pixel(head, y, x);
-      query = {from_natural(a.lse[from]), a.delta[from]};
+      query = Query::of(a.lse[from], a.delta[from], a.factor);
     }
     queries[i] = query;
   }
@@ -68,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   }
   load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
+  const QueryRows rows(l);
   __syncthreads();
   if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
@@ -80,37 +57,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     zero(sum_k);
     zero(sum_v);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-      const Query* query = queries + head * HALO_PIXELS + band * BAND_PIXELS + l.view();
-#pragma unroll AT_ONCE
-      for (int pair = 0; pair < PAIRS; pair++) {
+      const Query* first = queries + head * HALO_PIXELS + band * BAND_PIXELS;
+      for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
         const Seen seen = seen_of(halos.band(band), pair, l);
+        const Queries queries(first, pair, l);
         float p[UNITS][2][4], dp[UNITS][2][4];
-        visibility.start(p, hidden_of(seen_band, pair, l));
+        queries.begin(p, dp, visibility, hidden, number, rows);
         add_scores(p, k, seen, 0, head);
-        zero(dp);
         add_scores(dp, v, seen, BAND_ROOM, head);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const QueriesSeen& at_columns = queries_table.of[pair][l.lane];
-          Queries of;
-          if (SIDE_BY_SIDE)
-            of = *reinterpret_cast<const Queries*>(query + at_columns.of[n][0]);
-          else
-            of = {query[at_columns.of[n][0]], query[at_columns.of[n][COLUMNS_APART]]};
-#pragma unroll
-          for (int i = 0; i < 4 * UNITS; i++) {
-            const Query& at_column = i % 2 ? of.second : of.first;
-            float &weight = p[i / 4][n][i % 4], &d = dp[i / 4][n][i % 4];
-            weight = weight_of(weight, a.factor, at_column.lse);
-            d = weight * (d - at_column.delta);
-          }
-        }
+        queries.end(p, dp, a.factor);
         Weights packed[UNITS];
         pack_weights(packed, p);
         add_weighted(sum_v, packed, seen, BAND_ROOM, head);
         pack_weights(packed, dp);
         add_weighted(sum_k, packed, seen, 0, head);
-      }
+      });
     });
     Pair scales[UNITS], ones[UNITS];
 #pragma unroll

@@ -64,11 +64,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-#pragma unroll AT_ONCE
-      for (int pair = 0; pair < PAIRS; pair++) {
+      for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
         const Seen seen = seen_of(halos.band(band), pair, l);
         float s[UNITS][2][4], dp[UNITS][2][4];
-        visibility.start(s, hidden_of(seen_band, pair, l));
+        visibility.start(s, hidden, number);
         add_scores(s, q, seen, 0, head);
 #pragma unroll
         for (int i = 0; i < 8 * UNITS; i++) dp[i / 8][i / 4 % 2][i % 4] = less_delta[i / 8][i % 4];
@@ -86,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
         Weights ds[UNITS];
         pack_weights(ds, s);
         add_weighted(sum, ds, seen, 0, head);
-      }
+      });
     });
     Pair scales[UNITS];
 #pragma unroll

@@ -157,29 +157,22 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
   }
 }
 
-// Of 16 pixels of a band, the lane's rows of matrices. What a product takes at once is loaded side by side: for scores
-// either half of the channels, to be weighted either block.
-struct alignas(8) Seen {
-  u32 scored, weighted;  // addresses; in the table, bytes from the view's first pixel, before they are swizzled
-
-  static constexpr Seen at(int pair, int lane) {
-    const bool first = lane >> 3 & 1, second = lane >> 4;
-    return {row(16 * pair + 8 * second, first, lane & 7), row(16 * pair + 8 * first, second, lane & 7)};
-  }
-
-  static constexpr u32 row(int block, bool later, int row) {
-    constexpr int STEP = row_step(HALO_W);
-    const int pixel = PLANES ? seen_pixel<STEP>(block, SEEN - 8) : seen_pixel<STEP>(block + row);
-    return matrix_row<HALO_W>(pixel, later, row);
-  }
+// Addresses of a lane's rows of 16 pixels of a band. Registers that a product takes together are loaded side by side: for
+// scores those of either half of the channels, to be weighted those of either block.
+struct Seen {
+  u32 scored, weighted;
 };
 
-__device__ constexpr Table<Seen, ROUNDED_PAIRS> seen_table;
+INLINE u32 seen_matrix_row(u32 band, int block, bool later, const Lane& l) {
+  constexpr int STEP = row_step(HALO_W);
+  const int row = l.lane & 7;
+  const int pixel = PLANES ? l.band_pixel<STEP>(block, SEEN - 8) : l.band_pixel<STEP>(block + row);
+  return swizzled(band + matrix_row<HALO_W>(pixel, later, row), HALO_PATTERN);
+}
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const u32 view = band + l.view<row_step(HALO_W)>() * PIXEL;
-  const Seen bytes = seen_table.of[pair][l.lane];
-  return {swizzled(view + bytes.scored, HALO_PATTERN), swizzled(view + bytes.weighted, HALO_PATTERN)};
+  const int first = l.lane >> 3 & 1, second = l.lane >> 4;
+  return {seen_matrix_row(band, 16 * pair + 8 * second, first, l), seen_matrix_row(band, 16 * pair + 8 * first, second, l)};
 }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns

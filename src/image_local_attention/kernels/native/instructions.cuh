@@ -129,11 +129,11 @@ INLINE void multiply_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c = a b of bf16, of 16 rows, 8 of the inner axis and 8 columns
-INLINE void product_of_halves(float (&c)[4], u32 a0, u32 a1, u32 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-      : "r"(a0), "r"(a1), "r"(b), "f"(0.0f));
+// c += a b of bf16, of 16 rows, 8 of the inner axis and 8 columns
+INLINE void multiply_8_halves(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }
 
 // c += a b of the upper 19 bits of floats, of 16 rows, 8 of the inner axis and 8 columns

@@ -182,12 +182,17 @@ def shared(task: str, plan: Plan, group: int, depth: int, kernel: tuple[int, int
     parts = 1 if form.planes else cdiv(pixel, _PART)
     band = parts * _whole_patterns(rows * cols * pixel // parts)
     tile = _whole_patterns(plan.tile[0] * plan.tile[1] * pixel) if form.product == "half" else 0
-    queries = held.bands * rows * cols * group * 8 if task == "grad_key_value" else 0
+    queries = held.bands * rows * cols * group * _query_bytes(form) if task == "grad_key_value" else 0
     weights = 0
     if task in ("similarity", "aggregate"):
         weights = plan.tile[0] * plan.tile[1] * group * kernel[0] * kernel[1] * form.element
     bands = plan.slots * (halo_maps(task) * band + _BARRIERS)
     return bands + _TILES.get(task, 1) * tile + queries + weights
+
+
+def _query_bytes(form: Form) -> int:
+    """Of log-sum-exp and delta of a query that is seen."""
+    return 12 if form.product == "half" else 8
 
 
 def _whole_patterns(count: int) -> int:

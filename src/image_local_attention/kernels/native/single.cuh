@@ -205,48 +205,33 @@ struct Kept {
 template <typename... Maps>
 INLINE void copy_out_all(const Lane&, const Maps&...) {}
 
-constexpr int PIXEL = PLANES ? 4 : PART_BYTES;  // bytes
-
-// Where a lane finds what it loads of 16 pixels of a band, two blocks of 8: addresses; in the table, bytes from the view's
-// first pixel, before they are swizzled.
-struct alignas(16) Seen {
-  // Pixel `group` of either block or, where channels lie side by side, a row of four matrices: of either block the first
-  // 4 channels and the next.
-  u32 scored[PLANES ? 2 : 1];
-  u32 weighted[2][1 + COLUMNS_APART];  // pixels 2 * `member` and the next of either block, or both
-
-  static constexpr Seen at(int pair, int lane) {
-    const int group = lane / 4, member = lane % 4;
-    Seen seen = {};
-    if (!PLANES) seen.scored[0] = seen_pixel(16 * pair + lane / 16 * 8 + lane % 8) * PIXEL + (lane / 8 % 2) * 16;
-    for (int n = 0; n < 2; n++) {
-      const int block = 16 * pair + 8 * n;
-      if (PLANES) seen.scored[PLANES * n] = (member * BAND_PIXELS + seen_pixel(block + group)) * PIXEL;
-      for (int i = 0; i <= COLUMNS_APART; i++) {
-        const int pixel = seen_pixel(block + 2 * member + i, SEEN - 2 + COLUMNS_APART);
-        seen.weighted[n][i] = pixel * PIXEL + group * (PLANES ? BAND_PIXELS * PIXEL : VECTOR * 4);
-      }
-    }
-    return seen;
-  }
-
-  // The pixel `i` of a lane's two of a block.
-  INLINE u32 weighted_pixel(int block, int i) const {
-    if (COLUMNS_APART || i == 0) return weighted[block][i * COLUMNS_APART];
-    return weighted[block][0] + PIXEL ^ (HALO_PATTERN == 128 ? 16 : 0);
-  }
+// Where a lane finds what it loads of 16 pixels of a band, two blocks of 8.
+struct Seen {
+  u32 scored[2];       // pixel `group` of either block, or, where channels lie side by side, a row of four matrices
+  u32 weighted[2][2];  // pixels 2 * `member` and the next of either block
 };
 
-__device__ constexpr Table<Seen, ROUNDED_PAIRS> seen_table;
+INLINE u32 pixel_address(u32 band, int pixel) { return band + swizzled(pixel * PART_BYTES, HALO_PATTERN); }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const u32 view = band + l.view() * PIXEL;
-  Seen seen = seen_table.of[pair][l.lane];
-  for (u32& address : seen.scored) address = swizzled(view + address, HALO_PATTERN);
+  Seen seen;
+  if (!PLANES) {
+    const int pixel = l.band_pixel(16 * pair + l.lane / 16 * 8 + (l.lane & 7));
+    seen.scored[0] = pixel_address(band, pixel) ^ (l.lane & 8) << 1;
+  }
 #pragma unroll
-  for (int i = 0; i < 2 * (1 + COLUMNS_APART); i++) {
-    u32& address = seen.weighted[i % 2][i / 2];
-    address = swizzled(view + address, HALO_PATTERN);
+  for (int n = 0; n < 2; n++) {
+    const int first = 16 * pair + 8 * n, weighted = first + 2 * l.member;
+    const int pixel = l.band_pixel(weighted, SIDE_BY_SIDE ? SEEN - 2 : SEEN - 1);
+    if (PLANES) {
+      seen.scored[n] = band + (l.member * BAND_PIXELS + l.band_pixel(first + l.group)) * 4;
+      seen.weighted[n][0] = band + (l.group * BAND_PIXELS + pixel) * 4;
+    } else {
+      const u32 even = pixel_address(band, pixel);
+      const u32 odd = SIDE_BY_SIDE ? even + PART_BYTES ^ (HALO_PATTERN == 128 ? 16 : 0)
+                                   : pixel_address(band, l.band_pixel(weighted + 1));
+      seen.weighted[n][0] = even ^ l.group * VECTOR * 4, seen.weighted[n][1] = odd ^ l.group * VECTOR * 4;
+    }
   }
   return seen;
 }
@@ -259,7 +244,8 @@ INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int st
       load(reinterpret_cast<u32(&)[1]>(r[i]), seen.scored[i / 2] + map + (step * 8 + i % 2 * 4) * BAND_PIXELS * 4);
   } else {
     const int number = head * STEPS + step;
-    load_matrices<false>(r, (seen.scored[0] ^ number % 4 * 32) + map + number / 4 * PART_ROOM);
+    const u32 address = (seen.scored[0] ^ number % 4 * 32) + map + number / 4 * PART_ROOM;
+    load_matrices<false>(r, address);
   }
 }
 
@@ -300,7 +286,7 @@ INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)
 #pragma unroll
         for (int i = 0; i < 2; i++)
           load(reinterpret_cast<u32(&)[VECTOR]>(x[i * VECTOR]),
-               (seen.weighted_pixel(block, i) ^ head * DEPTH * 4) + map + n / VECTOR * PART_ROOM);
+               (seen.weighted[block][i] ^ head * DEPTH * 4) + map + n / VECTOR * PART_ROOM);
       }
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {

@@ -1,36 +1,58 @@
 // Visibility is a product of two small matrices, which starts the sum of a score instead of zero: a row of the first
 // tells in which column and in which row of the subtile a pixel lies, a column of the second has, for each of these,
-// zero or HIDDEN. Its operands are bfloat16, whatever maps are.
-constexpr u32 HIDDEN = 0xFE80;  // -2^126: what it is added to vanishes beside it, and two of them are finite
-constexpr u32 ONE = 0x3F80;
+// zero or NOT_MET. Its operands are bfloat16, whatever maps are.
+constexpr u32 HIDING = 0xFE00;   // -2^125, at the places of a row
+constexpr u32 NOT_MET = 0x4000;  // 2, and a single bit. What -2^126 is added to vanishes beside it; two of them are finite
 constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
 
-struct alignas(8 * WORDS) Hidden {  // of two blocks of 8 pixels
-  u32 block[2][WORDS];
+// Of the pairs of blocks that are unrolled together: a bit is a number of a column.
+struct Hidden {
+  static constexpr int PAIRS_OF_WORD = 8 / WORDS;
 
-  static constexpr Hidden at(int row, int lane) {
-    Hidden hidden = {};
-    for (int block = 0; block < 2; block++) {
-      const int seen = 16 * (row % ROUNDED_PAIRS) + 8 * block + lane / 4;
-      const int y = row / ROUNDED_PAIRS * SEEN_ROWS + seen / SEEN_W, x = seen % SEEN_W + SKIP - PAD;
-      for (int i = 0; i < 2 * WORDS; i++) {
-        const int place = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        const bool of_column = place < SUB_W;
-        const int kept = of_column ? place : place - SUB_W;
-        const int at = of_column ? x : y, kernel = of_column ? KERNEL_W : KERNEL_H;
-        const bool met = seen < SEEN && at >= kept && at - kept < kernel;
-        hidden.block[block][i / 2] |= (met || place >= SUB_W + SUB_H ? 0u : HIDDEN) << i % 2 * 16;
-      }
-    }
-    return hidden;
+  u32 bits[ceil_div(AT_ONCE, PAIRS_OF_WORD)] = {};
+
+  static constexpr int place(int pair, int block, int word) { return (pair % PAIRS_OF_WORD * 2 + block) * WORDS + word; }
+
+  // A register of a column: what lies at its place is turned to where NOT_MET has its bit, in either half.
+  INLINE u32 column(int pair, int block, int word) const {
+    const u32 bits = this->bits[pair / PAIRS_OF_WORD];
+    const int turn = place(pair, block, word);
+    return (bits << turn | bits >> (-turn & 31)) & (NOT_MET | NOT_MET << 16);
   }
 };
 
-__device__ constexpr Table<Hidden, SEEN_BANDS * ROUNDED_PAIRS> hidden_table;
+struct HiddenTable {
+  Hidden of[SEEN_BANDS * STEPS_OF_BAND][32];
 
-// Of a pair of blocks of what a subtile sees of a band; pairs past the last are hidden.
-INLINE Hidden hidden_of(int seen_band, int pair, const Lane& l) {
-  return hidden_table.of[seen_band * ROUNDED_PAIRS + pair][l.lane];
+  constexpr HiddenTable() : of() {
+    for (int step = 0; step < SEEN_BANDS * STEPS_OF_BAND; step++)
+      for (int lane = 0; lane < 32; lane++)
+        for (int pair = 0; pair < AT_ONCE; pair++)
+          for (int block = 0; block < 2; block++)
+            for (int i = 0; i < 2 * WORDS; i++) {
+              const int turn = Hidden::place(pair, block, i / 2);
+              const int seen = 16 * (step % STEPS_OF_BAND * AT_ONCE + pair) + 8 * block + lane / 4;
+              const bool met = meets(step / STEPS_OF_BAND, seen, i / 2 * 8 + lane % 4 * 2 + i % 2);
+              of[step][lane].bits[pair / Hidden::PAIRS_OF_WORD] |= (met ? 0u : 1u) << (14 + i % 2 * 16 - turn & 31);
+            }
+  }
+
+  // Whether the pixel seen as number `seen` of a band meets those at a place of rows.
+  static constexpr bool meets(int band, int seen, int place) {
+    if (place >= SUB_W + SUB_H) return true;
+    const int y = band * SEEN_ROWS + seen / SEEN_W, x = seen % SEEN_W + SKIP - PAD;
+    const bool of_column = place < SUB_W;
+    const int kept = of_column ? place : place - SUB_W;
+    const int at = of_column ? x : y, kernel = of_column ? KERNEL_W : KERNEL_H;
+    return seen < SEEN && at >= kept && at - kept < kernel;
+  }
+};
+
+__device__ constexpr HiddenTable hidden_table;
+
+// Of the pairs of a step, of what a subtile sees of a band.
+INLINE Hidden hidden_of(int seen_band, int step, const Lane& l) {
+  return hidden_table.of[seen_band * STEPS_OF_BAND + step][l.lane];
 }
 
 struct Visibility {
@@ -46,29 +68,58 @@ struct Visibility {
       }
   }
 
-  // One where `first` or the place after it is the row's column, or, past all columns, its row of the subtile.
+  // HIDING where `first` or the place after it is the row's column, or, past all columns, its row of the subtile.
   static INLINE u32 place(int unit, int row, int first) {
     const int column = row_x(unit, row), after = SUB_W + row_y(unit, row);
-    return (first == column || first == after ? ONE : 0) |
-           (first + 1 == column || first + 1 == after ? ONE << 16 : 0);
+    return (first == column || first == after ? HIDING : 0) |
+           (first + 1 == column || first + 1 == after ? HIDING << 16 : 0);
   }
 
-  // s = 0 where pixels meet, else HIDDEN or twice that
-  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden) const {
+  // s = 0 where pixels meet, else -2^126 or twice that
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair) const {
+    zero(s);
 #pragma unroll
-    for (int unit = 0; unit < UNITS; unit++)
-#pragma unroll
-      for (int n = 0; n < 2; n++) start_block(s[unit][n], low[unit], high[unit], hidden.block[n]);
-  }
-
-  static INLINE void start_block(float (&c)[4], const u32 (&low)[WORDS], const u32 (&high)[WORDS],
-                                 const u32 (&hidden)[WORDS]) {
-    if constexpr (WORDS == 1) {
-      product_of_halves(c, low[0], high[0], hidden[0]);
-    } else {
-      const u32 places[4] = {low[0], high[0], low[WORDS - 1], high[WORDS - 1]};
-      c[0] = c[1] = c[2] = c[3] = 0.0f;
-      multiply_halves<true>(c, places, hidden[0], hidden[WORDS - 1]);
+    for (int i = 0; i < 2 * UNITS; i++) {
+      const int unit = i / 2, n = i % 2;
+      if (WORDS == 1)
+        multiply_8_halves(s[unit][n], low[unit][0], high[unit][0], hidden.column(pair, n, 0));
+      else
+        multiply_16(s[unit][n], low[unit][0], high[unit][0], low[unit][WORDS - 1], high[unit][WORDS - 1],
+                    hidden.column(pair, n, 0), hidden.column(pair, n, WORDS - 1));
     }
   }
+
+  // The same, plus the product of rows that are all alike with columns of either block.
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair, u32 row, const u32 (&columns)[2]) const {
+    if (WORDS > 1) start(s, hidden, pair);
+    else zero(s);
+#pragma unroll
+    for (int i = 0; i < 2 * UNITS; i++) {
+      const int unit = i / 2, n = i % 2;
+      if (WORDS == 1)
+        multiply_16(s[unit][n], low[unit][0], high[unit][0], row, row, hidden.column(pair, n, 0), columns[n]);
+      else
+        multiply_8_halves(s[unit][n], row, row, columns[n]);
+    }
+  }
+
+  static INLINE void multiply_16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u32 a[4] = {a0, a1, a2, a3};
+    multiply_halves<true>(c, a, b0, b1);
+  }
 };
+
+// Calls `see(pair, hidden, number among those of `hidden`)` for each pair of blocks of a band.
+template <typename See>
+INLINE void for_each_pair(int seen_band, const Lane& l, See see) {
+  const auto see_some = [&](int first, int count) {
+    const Hidden hidden = hidden_of(seen_band, first / AT_ONCE, l);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+      if (i < count) see(first + i, hidden, i);
+  };
+  constexpr int REST = PAIRS % AT_ONCE;
+#pragma unroll 1
+  for (int first = 0; first < PAIRS - REST; first += AT_ONCE) see_some(first, AT_ONCE);
+  if (REST) see_some(PAIRS - REST, REST);
+}

@@ -67,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
     halos.fill_all();
   }
   const Visibility visibility(l);
+  const SeenPairs pairs(l);
   __syncthreads();
   if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
         for (int i = 0; i < CHUNK; i++) {
           const int pair = chunk * CHUNK + i;
           visibility.start(s[i], hidden, i);
-          seen[i] = seen_of(halos.band(band), pair, l);
+          seen[i] = pairs.at(halos.band(band), pair, i);
           add_scores(s[i], q, seen[i], 0, head);
         }
 #pragma unroll

@@ -42,6 +42,31 @@ constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES
 constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
 constexpr int BAND_BYTES = BAND_PIXELS * CHANNELS * ELEMENT, BAND_ROOM = PARTS * PART_ROOM;
 
+// Bytes between pixels of a band, and between its rows.
+constexpr int PIXEL_BYTES = PLANES ? ELEMENT : PART_BYTES;
+constexpr int ROW_BYTES = HALO_W * PIXEL_BYTES * (ROWS_OF_PLANES ? CHANNELS : 1);
+
+// What a band's pairs lie at repeats, if they fill whole rows and these whole patterns: PERIOD pairs later, PERIOD_ROWS rows
+// below. Else the period is of all pairs.
+constexpr int period_of_pairs() {
+  const int pattern = HALO_PATTERN == 16 ? 1 : 8 * HALO_PATTERN;
+  for (int pairs = 1; pairs < PAIRS; pairs++)
+    if (16 * pairs % SEEN_W == 0 && 16 * pairs / SEEN_W * ROW_BYTES % pattern == 0) return pairs;
+  return PAIRS;
+}
+constexpr int PERIOD = period_of_pairs(), PERIOD_ROWS = 16 * PERIOD / SEEN_W;
+// Only where it is known which pairs of those that are unrolled repeat others, and where that saves half of the work.
+constexpr bool REPEATS = 2 * PERIOD <= SEEN_BANDS * PAIRS &&
+                         (STEPS_OF_BAND == 1 || (AT_ONCE % PERIOD == 0 && 16 * ROUNDED_PAIRS == SEEN));
+
+// Whether a pair that is number `number` of a step repeats number `number % PERIOD`; the last one may have fewer pixels.
+constexpr INLINE bool repeats(int number) {
+  return REPEATS && (PERIOD == PAIRS || SEEN % 16 == 0 || number < PAIRS - 1);
+}
+
+// From where that one is in the first step.
+INLINE int rows_below(int pair, int number) { return ((pair - number) / PERIOD + number / PERIOD) * PERIOD_ROWS; }
+
 static_assert(SUBTILES * SHARED_BY * GROUP % WARPS == 0 && WARPS % (SUBTILES * SHARED_BY) == 0,
               "a warp keeps to one subtile");
 static_assert(WHOLE || (WARP_HEADS == 1 && SUB_H % BAND_H == 0), "bands pass once, and subtiles begin with one");
@@ -69,7 +94,7 @@ struct Lane {
     const int subtile = warp / SHARED_BY % SUBTILES;
     share = warp % SHARED_BY;
     sub_y = subtile / SUBTILES_X * SUB_H, sub_x = subtile % SUBTILES_X * SUB_W;
-    first_head = warp / (SUBTILES * SHARED_BY) * WARP_HEADS;
+    first_head = GROUP == 1 ? 0 : warp / (SUBTILES * SHARED_BY) * WARP_HEADS;
   }
 
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
@@ -126,6 +151,9 @@ struct Rows {
     low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
   }
 };
+
+// A value that compilers hold in a register where they would work it out anew, time and again.
+INLINE u32 held(u32 x) { return __shfl_xor_sync(~0u, x, 0); }
 
 // The sum, and the maximum, over the four lanes that share a row.
 INLINE float sum_of_row(float x) {

@@ -45,6 +45,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
   const QueryRows rows(l);
+  const QueryPlaces places(l);
+  const SeenPairs pairs(l);
   __syncthreads();
   if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
@@ -57,10 +59,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     zero(sum_k);
     zero(sum_v);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-      const Query* first = queries + head * HALO_PIXELS + band * BAND_PIXELS;
+      const u32 first = shared_address(queries) + (head * HALO_PIXELS + band * BAND_PIXELS) * QueryPlaces::QUERY;
       for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
-        const Seen seen = seen_of(halos.band(band), pair, l);
-        const Queries queries(first, pair, l);
+        const Seen seen = pairs.at(halos.band(band), pair, number);
+        const Queries queries(first, places, pair, number);
         float p[UNITS][2][4], dp[UNITS][2][4];
         queries.begin(p, dp, visibility, hidden, number, rows);
         add_scores(p, k, seen, 0, head);

@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     halos.fill_all();
   }
   const Visibility visibility(l);
+  const SeenPairs pairs(l);
   __syncthreads();
 
 #pragma unroll 1
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     zero(sum);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
       for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
-        const Seen seen = seen_of(halos.band(band), pair, l);
+        const Seen seen = pairs.at(halos.band(band), pair, number);
         float s[UNITS][2][4], dp[UNITS][2][4];
         visibility.start(s, hidden, number);
         add_scores(s, q, seen, 0, head);

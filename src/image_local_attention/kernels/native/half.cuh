@@ -16,8 +16,6 @@ struct Weights {  // of 16 pixels, the rows, and 16 that are seen
 // Four 8x8 matrices are loaded at once: two blocks of 8 pixels with 16 channels. Each lane has a row of one of them, 16
 // bytes: 8 channels of a pixel or, in planes, 8 columns of a channel.
 
-constexpr int PIXEL = PLANES ? 2 : CHANNELS * 2;  // bytes
-
 // Between rows of so many columns, in pixels; rows of planes are as far apart as their channels make them.
 constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : columns; }
 
@@ -25,7 +23,7 @@ constexpr int row_step(int columns) { return PLANES ? CHANNELS * columns : colum
 // row or, in planes, the matrix's first. later: whether it has the channels that are 8 later.
 template <int COLUMNS>
 constexpr INLINE int matrix_row(int pixel, bool later, int row) {
-  return pixel * PIXEL + (PLANES ? (later * 8 + row) * COLUMNS * 2 : later * 16);
+  return pixel * PIXEL_BYTES + (PLANES ? (later * 8 + row) * COLUMNS * 2 : later * 16);
 }
 
 // An address, of the channels that are `step` times 16 later.
@@ -157,30 +155,32 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
   }
 }
 
-// Addresses of a lane's rows of 16 pixels of a band. Registers that a product takes together are loaded side by side: for
-// scores those of either half of the channels, to be weighted those of either block.
+// Addresses of a lane's rows of 16 pixels of a band, from `base` on. Registers that a product takes together are loaded side
+// by side: for scores those of either half of the channels, to be weighted those of either block.
 struct Seen {
-  u32 scored, weighted;
+  u32 scored, weighted, base;
 };
 
-INLINE u32 seen_matrix_row(u32 band, int block, bool later, const Lane& l) {
+INLINE u32 seen_matrix_row(int block, bool later, const Lane& l) {
   constexpr int STEP = row_step(HALO_W);
   const int row = l.lane & 7;
   const int pixel = PLANES ? l.band_pixel<STEP>(block, SEEN - 8) : l.band_pixel<STEP>(block + row);
-  return swizzled(band + matrix_row<HALO_W>(pixel, later, row), HALO_PATTERN);
+  return swizzled(matrix_row<HALO_W>(pixel, later, row), HALO_PATTERN);
 }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
   const int first = l.lane >> 3 & 1, second = l.lane >> 4;
-  return {seen_matrix_row(band, 16 * pair + 8 * second, first, l), seen_matrix_row(band, 16 * pair + 8 * first, second, l)};
+  return {seen_matrix_row(16 * pair + 8 * second, first, l), seen_matrix_row(16 * pair + 8 * first, second, l), band};
 }
+
+INLINE Seen held(const Seen& seen) { return {held(seen.scored), held(seen.weighted), seen.base}; }
 
 // s += scores of a subtile with 16 pixels of a band, whose map lies `map` bytes later: two blocks of 8 columns
 INLINE void add_scores(float (&s)[UNITS][2][4], const Fragments (&kept)[UNITS], const Seen& seen, u32 map, int head) {
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.scored, head * STEPS + step) + map);
+    load_matrices<PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.scored, head * STEPS + step) + seen.base + map);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
       multiply_halves<BF16>(s[unit][0], kept[unit].of[step], r[0], r[1]);
@@ -195,7 +195,7 @@ INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
     u32 r[4];
-    load_matrices<!PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.weighted, head * STEPS + step) + map);
+    load_matrices<!PLANES>(r, at_step<HALO_W, HALO_PATTERN>(seen.weighted, head * STEPS + step) + seen.base + map);
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++) {
       multiply_halves<BF16>(sums[unit][2 * step], weights[unit].of, r[0], r[1]);

@@ -141,9 +141,9 @@ class Compiled(NamedTuple):
         if self.task in UNFUSED:
             of_pairs = numbers, "weights.cuh"
         elif self.task == "grad_key_value":
-            of_pairs = "visibility.cuh", numbers, "queries.cuh"
+            of_pairs = "visibility.cuh", numbers, "seen.cuh", "queries.cuh"
         else:
-            of_pairs = "visibility.cuh", numbers
+            of_pairs = "visibility.cuh", numbers, "seen.cuh"
         return "instructions.cuh", "geometry.cuh", "copies.cuh", *of_pairs, f"{self.task}.cu"
 
     @property

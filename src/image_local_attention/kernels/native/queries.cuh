@@ -45,11 +45,38 @@ struct alignas(IN_PRODUCTS ? 4 : 8) Query {
 
 // Rows of the products that sums begin with: which of the parts that a lane reads belong to which sum.
 struct QueryRows {
-  u32 lse, delta;
+  u32 lse[2], delta[2];  // rows `group` and `group + 8`
 
   INLINE QueryRows(const Lane& l) {
-    lse = l.member == 0 ? ONE | ONE << 16 : l.member == 1 ? ONE : 0;
-    delta = l.member == 2 ? ONE | ONE << 16 : l.member == 1 ? ONE << 16 : 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      lse[i] = held(l.member == 0 ? ONE | ONE << 16 : l.member == 1 ? ONE : 0);
+      delta[i] = held(l.member == 2 ? ONE | ONE << 16 : l.member == 1 ? ONE << 16 : 0);
+    }
+  }
+};
+
+// Where a lane reads them: bytes from a band's first query.
+struct QueryPlaces {
+  static constexpr int QUERY = sizeof(Query);
+
+  const Lane& l;
+  u32 of[PERIOD][2];  // of the pairs of a period, of either block
+
+  INLINE QueryPlaces(const Lane& l) : l(l) {
+#pragma unroll
+    for (int i = 0; REPEATS && i < 2 * PERIOD; i++) of[i / 2][i % 2] = held(place(i / 2, i % 2));
+  }
+
+  // Floats are of the lane's first column.
+  INLINE u32 place(int pair, int block) const {
+    const int first = 16 * pair + 8 * block;
+    if (IN_PRODUCTS) return l.band_pixel(first + l.group) * QUERY + min(l.member, 2) * 4;
+    return l.band_pixel(first + 2 * l.member, SIDE_BY_SIDE ? SEEN - 2 : SEEN - 1) * QUERY;
+  }
+
+  INLINE u32 at(int pair, int number, int block) const {
+    return repeats(number) ? of[number % PERIOD][block] + rows_below(pair, number) * HALO_W * QUERY : place(pair, block);
   }
 };
 
@@ -58,19 +85,20 @@ struct Queries {
   u32 parts[2];         // of pixel `group` of either block
   Query columns[2][2];  // of pixels 2 * `member` and the next
 
-  INLINE Queries(const Query* band, int pair, const Lane& l) {
+  // band: address of its first query
+  INLINE Queries(u32 band, const QueryPlaces& places, int pair, int number) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const int first = 16 * pair + 8 * n, column = first + 2 * l.member;
+      const u32 first = band + places.at(pair, number, n);
       if (IN_PRODUCTS) {
-        parts[n] = band[l.band_pixel(first + l.group)].words[min(l.member, 2)];
+        load(reinterpret_cast<u32(&)[1]>(parts[n]), first);
       } else if (SIDE_BY_SIDE) {
-        u32 words[4];
-        load(words, shared_address(band + l.band_pixel(column, SEEN - 2)));
-#pragma unroll
-        for (int i = 0; i < 4; i++) columns[n][i / 2].words[i % 2] = words[i];
+        load(reinterpret_cast<u32(&)[4]>(columns[n]), first);
       } else {
-        columns[n][0] = band[l.band_pixel(column)], columns[n][1] = band[l.band_pixel(column + 1)];
+        const Lane& l = places.l;
+        load(reinterpret_cast<u32(&)[2]>(columns[n][0]), first);
+        const u32 second = band + l.band_pixel(16 * pair + 8 * n + 2 * l.member + 1) * QueryPlaces::QUERY;
+        load(reinterpret_cast<u32(&)[2]>(columns[n][1]), second);
       }
     }
   }
@@ -82,7 +110,7 @@ struct Queries {
     if (IN_PRODUCTS) {
       visibility.start(s, hidden, pair, rows.lse, parts);
 #pragma unroll
-      for (int i = 0; i < 2 * UNITS; i++) multiply_8_halves(dp[i / 2][i % 2], rows.delta, rows.delta, parts[i % 2]);
+      for (int i = 0; i < 2 * UNITS; i++) multiply_8_halves(dp[i / 2][i % 2], rows.delta[0], rows.delta[1], parts[i % 2]);
     } else {
       visibility.start(s, hidden, pair);
     }

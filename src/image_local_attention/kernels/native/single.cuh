@@ -205,46 +205,50 @@ struct Kept {
 template <typename... Maps>
 INLINE void copy_out_all(const Lane&, const Maps&...) {}
 
-// Where a lane finds what it loads of 16 pixels of a band, two blocks of 8.
+// Where a lane finds what it loads of 16 pixels of a band, two blocks of 8, from `base` on.
 struct Seen {
   u32 scored[2];       // pixel `group` of either block, or, where channels lie side by side, a row of four matrices
   u32 weighted[2][2];  // pixels 2 * `member` and the next of either block
+  u32 base;
 };
 
-INLINE u32 pixel_address(u32 band, int pixel) { return band + swizzled(pixel * PART_BYTES, HALO_PATTERN); }
+INLINE u32 seen_pixel(int pixel) { return swizzled(pixel * PIXEL_BYTES, HALO_PATTERN); }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
   Seen seen;
+  seen.base = band;
   if (!PLANES) {
     const int pixel = l.band_pixel(16 * pair + l.lane / 16 * 8 + (l.lane & 7));
-    seen.scored[0] = pixel_address(band, pixel) ^ (l.lane & 8) << 1;
+    seen.scored[0] = seen_pixel(pixel) ^ (l.lane & 8) << 1;
   }
 #pragma unroll
   for (int n = 0; n < 2; n++) {
     const int first = 16 * pair + 8 * n, weighted = first + 2 * l.member;
     const int pixel = l.band_pixel(weighted, SIDE_BY_SIDE ? SEEN - 2 : SEEN - 1);
     if (PLANES) {
-      seen.scored[n] = band + (l.member * BAND_PIXELS + l.band_pixel(first + l.group)) * 4;
-      seen.weighted[n][0] = band + (l.group * BAND_PIXELS + pixel) * 4;
+      seen.scored[n] = (l.member * BAND_PIXELS + l.band_pixel(first + l.group)) * 4;
+      seen.weighted[n][0] = (l.group * BAND_PIXELS + pixel) * 4;
     } else {
-      const u32 even = pixel_address(band, pixel);
+      const u32 even = seen_pixel(pixel);
       const u32 odd = SIDE_BY_SIDE ? even + PART_BYTES ^ (HALO_PATTERN == 128 ? 16 : 0)
-                                   : pixel_address(band, l.band_pixel(weighted + 1));
+                                   : seen_pixel(l.band_pixel(weighted + 1));
       seen.weighted[n][0] = even ^ l.group * VECTOR * 4, seen.weighted[n][1] = odd ^ l.group * VECTOR * 4;
     }
   }
   return seen;
 }
 
+INLINE Seen held(const Seen& seen) { return seen; }
+
 // Of 8 channels: of either block the first 4, then the others.
 INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int step) {
   if constexpr (PLANES) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      load(reinterpret_cast<u32(&)[1]>(r[i]), seen.scored[i / 2] + map + (step * 8 + i % 2 * 4) * BAND_PIXELS * 4);
+      load(reinterpret_cast<u32(&)[1]>(r[i]), seen.scored[i / 2] + seen.base + map + (step * 8 + i % 2 * 4) * BAND_PIXELS * 4);
   } else {
     const int number = head * STEPS + step;
-    const u32 address = (seen.scored[0] ^ number % 4 * 32) + map + number / 4 * PART_ROOM;
+    const u32 address = (seen.scored[0] ^ number % 4 * 32) + seen.base + map + number / 4 * PART_ROOM;
     load_matrices<false>(r, address);
   }
 }
@@ -281,12 +285,12 @@ INLINE void add_weighted(float (&sums)[UNITS][SUMS][4], const Weights (&weights)
     for (int block = 0; block < 2; block++) {
       u32 x[2 * VECTOR];  // of both pixels
       if constexpr (PLANES) {
-        load(reinterpret_cast<u32(&)[2]>(x), seen.weighted[block][0] + map + n * 8 * BAND_PIXELS * 4);
+        load(reinterpret_cast<u32(&)[2]>(x), seen.weighted[block][0] + seen.base + map + n * 8 * BAND_PIXELS * 4);
       } else {
 #pragma unroll
         for (int i = 0; i < 2; i++)
           load(reinterpret_cast<u32(&)[VECTOR]>(x[i * VECTOR]),
-               (seen.weighted[block][i] ^ head * DEPTH * 4) + map + n / VECTOR * PART_ROOM);
+               (seen.weighted[block][i] ^ head * DEPTH * 4) + seen.base + map + n / VECTOR * PART_ROOM);
       }
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {

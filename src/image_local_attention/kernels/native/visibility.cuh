@@ -63,8 +63,8 @@ struct Visibility {
     for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
       for (int word = 0; word < WORDS; word++) {
-        low[unit][word] = place(unit, l.group, 8 * word + 2 * l.member);
-        high[unit][word] = place(unit, l.group + 8, 8 * word + 2 * l.member);
+        low[unit][word] = held(place(unit, l.group, 8 * word + 2 * l.member));
+        high[unit][word] = held(place(unit, l.group + 8, 8 * word + 2 * l.member));
       }
   }
 
@@ -89,17 +89,19 @@ struct Visibility {
     }
   }
 
-  // The same, plus the product of rows that are all alike with columns of either block.
-  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair, u32 row, const u32 (&columns)[2]) const {
+  // The same, plus the product of rows, `group` and `group + 8` of any unit, with columns of either block.
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair, const u32 (&rows)[2],
+                    const u32 (&columns)[2]) const {
     if (WORDS > 1) start(s, hidden, pair);
     else zero(s);
 #pragma unroll
     for (int i = 0; i < 2 * UNITS; i++) {
       const int unit = i / 2, n = i % 2;
       if (WORDS == 1)
-        multiply_16(s[unit][n], low[unit][0], high[unit][0], row, row, hidden.column(pair, n, 0), columns[n]);
+        multiply_16(s[unit][n], low[unit][0], high[unit][0], rows[0], rows[1], hidden.column(pair, n, 0),
+                    columns[n]);
       else
-        multiply_8_halves(s[unit][n], row, row, columns[n]);
+        multiply_8_halves(s[unit][n], rows[0], rows[1], columns[n]);
     }
   }
 
@@ -108,18 +110,3 @@ struct Visibility {
     multiply_halves<true>(c, a, b0, b1);
   }
 };
-
-// Calls `see(pair, hidden, number among those of `hidden`)` for each pair of blocks of a band.
-template <typename See>
-INLINE void for_each_pair(int seen_band, const Lane& l, See see) {
-  const auto see_some = [&](int first, int count) {
-    const Hidden hidden = hidden_of(seen_band, first / AT_ONCE, l);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++)
-      if (i < count) see(first + i, hidden, i);
-  };
-  constexpr int REST = PAIRS % AT_ONCE;
-#pragma unroll 1
-  for (int first = 0; first < PAIRS - REST; first += AT_ONCE) see_some(first, AT_ONCE);
-  if (REST) see_some(PAIRS - REST, REST);
-}

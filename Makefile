@@ -8,7 +8,7 @@ export KINETO_LOG_LEVEL := 99
 # without what was tuned on this machine, so that launches take the plans of the table
 export IMAGE_LOCAL_ATTENTION_CACHE := $(CURDIR)/build/cache
 
-.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-bench gpu-original gpu-peers gpu-options gpu-limits gpu-host gpu-first-call gpu-growth gpu-unfused clean
+.PHONY: demo test lint hunt bench denoise-bench gpu-test gpu-hunt gpu-memcheck gpu-racecheck gpu-bench gpu-original gpu-peers gpu-options gpu-limits gpu-host gpu-first-call gpu-growth gpu-unfused clean
 
 demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
@@ -41,6 +41,12 @@ gpu-hunt:
 gpu-memcheck:
 	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(PYTHON) -m tests.launch_options
+	PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m tests.launch_native
+
+# What warps share in a block, of one plan of the native kernels of each kind.
+gpu-racecheck:
+	PYTHONPATH=src:tests compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m tests.launch_native kinds
 
 # GPU names the file that the rows are for.
 GPU ?= h200

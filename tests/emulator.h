@@ -245,9 +245,10 @@ inline void __syncthreads() {
   meeting.meet(emulator::current, emulator::threads.size(), 0, [](int*) {});
 }
 
-inline float __shfl_xor_sync(u32, float x, int mask) {
-  return emulator::in_warp(x, [mask](float* lanes) {
-    float others[emulator::LANES];
+template <typename T>
+T __shfl_xor_sync(u32, T x, int mask) {
+  return emulator::in_warp(x, [mask](T* lanes) {
+    T others[emulator::LANES];
     for (int i = 0; i < emulator::LANES; i++) others[i] = lanes[i ^ mask];
     memcpy(lanes, others, sizeof(others));
   });

@@ -29,6 +29,17 @@ def heads_for(task: str, form: plan.Form, row: table.Row) -> int:
     return next(heads for heads in fitting if plan.suits(task, row.plan, row.plan.group(heads, row.depth, form), form))
 
 
+def kinds() -> list:
+    """A row of the table for each task, form, way to hold the halo and to share it, and tiles of few rows or more."""
+    found = {}
+    for task, form, row in table.rows():
+        group = row.plan.group(heads_for(task, form, row), row.depth, form)
+        shares = row.plan.units, row.plan.shared_by, group
+        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.tile[0] > 4
+        found.setdefault(kind, (task, form, row))
+    return list(found.values())
+
+
 def compiled_for(task, form: plan.Form, row: table.Row, kernel: tuple[int, int], dtype=None) -> launch.Compiled:
     group = row.plan.group(heads_for(task, form, row), row.depth, form)
     lead = kernel[0] // 2, kernel[1] // 2

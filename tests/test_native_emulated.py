@@ -8,11 +8,10 @@ from emulated import COMPILER, emulated
 from image_local_attention import local_attention
 from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import table
 from image_local_attention.kernels.native.plan import Plan
 from problems import for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
-from test_native import heads_for, row_name
+from test_native import heads_for, kinds, row_name
 from test_native_gpu import (
     FP32,
     FUSED,
@@ -30,17 +29,6 @@ pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="there is no g++"),
 ]
 TRITON = Target("triton", "cpu")
-
-
-def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo and to share it, and tiles of few rows or more."""
-    found = {}
-    for task, form, row in table.rows():
-        group = row.plan.group(heads_for(task, form, row), row.depth, form)
-        shares = row.plan.units, row.plan.shared_by, group
-        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.tile[0] > 4
-        found.setdefault(kind, (task, form, row))
-    return list(found.values())
 
 
 def kinds_and_times() -> list:

@@ -28,7 +28,6 @@ constexpr int ROUNDED_PAIRS = STEPS_OF_BAND * AT_ONCE;   // those past the last 
 
 // Two columns of a lane's fragment are pixels side by side, the first on an even place.
 [[maybe_unused]] constexpr bool SIDE_BY_SIDE = SEEN_W % 2 == 0 && HALO_W % 2 == 0;
-[[maybe_unused]] constexpr int COLUMNS_APART = SIDE_BY_SIDE ? 0 : 1;
 
 constexpr int CHANNELS = GROUP * DEPTH;
 constexpr int STEPS = DEPTH * ELEMENT / 32;  // of the matrix units along channels: 32 bytes of them
@@ -42,30 +41,7 @@ constexpr int PARTS = PLANES ? 1 : ceil_div(CHANNELS * ELEMENT, 128), PART_BYTES
 constexpr int PART_ROOM = ceil_div(BAND_PIXELS * PART_BYTES, 1024) * 1024;  // swizzled copies begin on whole patterns
 constexpr int BAND_BYTES = BAND_PIXELS * CHANNELS * ELEMENT, BAND_ROOM = PARTS * PART_ROOM;
 
-// Bytes between pixels of a band, and between its rows.
-constexpr int PIXEL_BYTES = PLANES ? ELEMENT : PART_BYTES;
-constexpr int ROW_BYTES = HALO_W * PIXEL_BYTES * (ROWS_OF_PLANES ? CHANNELS : 1);
-
-// What a band's pairs lie at repeats, if they fill whole rows and these whole patterns: PERIOD pairs later, PERIOD_ROWS rows
-// below. Else the period is of all pairs.
-constexpr int period_of_pairs() {
-  const int pattern = HALO_PATTERN == 16 ? 1 : 8 * HALO_PATTERN;
-  for (int pairs = 1; pairs < PAIRS; pairs++)
-    if (16 * pairs % SEEN_W == 0 && 16 * pairs / SEEN_W * ROW_BYTES % pattern == 0) return pairs;
-  return PAIRS;
-}
-constexpr int PERIOD = period_of_pairs(), PERIOD_ROWS = 16 * PERIOD / SEEN_W;
-// Only where it is known which pairs of those that are unrolled repeat others, and where that saves half of the work.
-constexpr bool REPEATS = 2 * PERIOD <= SEEN_BANDS * PAIRS &&
-                         (STEPS_OF_BAND == 1 || (AT_ONCE % PERIOD == 0 && 16 * ROUNDED_PAIRS == SEEN));
-
-// Whether a pair that is number `number` of a step repeats number `number % PERIOD`; the last one may have fewer pixels.
-constexpr INLINE bool repeats(int number) {
-  return REPEATS && (PERIOD == PAIRS || SEEN % 16 == 0 || number < PAIRS - 1);
-}
-
-// From where that one is in the first step.
-INLINE int rows_below(int pair, int number) { return ((pair - number) / PERIOD + number / PERIOD) * PERIOD_ROWS; }
+constexpr int PIXEL_BYTES = PLANES ? ELEMENT : PART_BYTES;  // from a pixel of a band to the next
 
 static_assert(SUBTILES * SHARED_BY * GROUP % WARPS == 0 && WARPS % (SUBTILES * SHARED_BY) == 0,
               "a warp keeps to one subtile");

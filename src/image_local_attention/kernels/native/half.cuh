@@ -155,8 +155,8 @@ INLINE void copy_out_all(const Lane& l, const Tiles&... tiles) {
   }
 }
 
-// Addresses of a lane's rows of 16 pixels of a band, from `base` on. Registers that a product takes together are loaded side
-// by side: for scores those of either half of the channels, to be weighted those of either block.
+// Addresses of a lane's rows of 16 pixels of a band, from `base` on. Registers that a product takes together are loaded
+// side by side: for scores those of either half of the channels, to be weighted those of either block.
 struct Seen {
   u32 scored, weighted, base;
 };

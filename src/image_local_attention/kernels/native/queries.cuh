@@ -1,8 +1,8 @@
 // Log-sum-exp and delta of the queries that are seen, of a halo's pixels in shared memory.
 //
-// Of floats a lane reads both for each of its columns, and takes them from what products have summed up. Of halves products
-// take them too: sums begin with them, each in three bfloat16s whose sum it is, and a lane reads two of these for a block,
-// for one query instead of two. That is an eighth of the reads.
+// Of floats a lane reads both for each of its columns, and takes them from what products have summed up. Of halves,
+// products take them away: sums begin with them, each as three bfloat16s whose sum it is, of which a lane reads two for a
+// block. That is a quarter of the reads of shared memory, which are what these kernels wait for.
 
 constexpr bool IN_PRODUCTS = ELEMENT == 2;
 constexpr int QUERY_WORDS = IN_PRODUCTS ? 3 : 2;
@@ -76,7 +76,8 @@ struct QueryPlaces {
   }
 
   INLINE u32 at(int pair, int number, int block) const {
-    return repeats(number) ? of[number % PERIOD][block] + rows_below(pair, number) * HALO_W * QUERY : place(pair, block);
+    if (!repeats(number)) return place(pair, block);
+    return of[number % PERIOD][block] + rows_below(pair, number) * HALO_W * QUERY;
   }
 };
 
@@ -104,15 +105,16 @@ struct Queries {
   }
 
   // What the sums of logits' products and of weights' gradients begin with.
-  INLINE void begin(float (&s)[UNITS][2][4], float (&dp)[UNITS][2][4], const Visibility& visibility, const Hidden& hidden,
-                    int pair, const QueryRows& rows) const {
+  INLINE void begin(float (&s)[UNITS][2][4], float (&dp)[UNITS][2][4], const Visibility& visibility,
+                    const Hidden& hidden, int number, const QueryRows& rows) const {
     zero(dp);
     if (IN_PRODUCTS) {
-      visibility.start(s, hidden, pair, rows.lse, parts);
+      visibility.start(s, hidden, number, rows.lse, parts);
 #pragma unroll
-      for (int i = 0; i < 2 * UNITS; i++) multiply_8_halves(dp[i / 2][i % 2], rows.delta[0], rows.delta[1], parts[i % 2]);
+      for (int i = 0; i < 2 * UNITS; i++)
+        multiply_8_halves(dp[i / 2][i % 2], rows.delta[0], rows.delta[1], parts[i % 2]);
     } else {
-      visibility.start(s, hidden, pair);
+      visibility.start(s, hidden, number);
     }
   }
 

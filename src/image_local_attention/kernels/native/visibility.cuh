@@ -2,7 +2,7 @@
 // tells in which column and in which row of the subtile a pixel lies, a column of the second has, for each of these,
 // zero or NOT_MET. Its operands are bfloat16, whatever maps are.
 constexpr u32 HIDING = 0xFE00;   // -2^125, at the places of a row
-constexpr u32 NOT_MET = 0x4000;  // 2, and a single bit. What -2^126 is added to vanishes beside it; two of them are finite
+constexpr u32 NOT_MET = 0x4000;  // 2, a single bit: what -2^126 is added to vanishes beside it, two of them are finite
 constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
 
 // Of the pairs of blocks that are unrolled together: a bit is a number of a column.
@@ -11,12 +11,15 @@ struct Hidden {
 
   u32 bits[ceil_div(AT_ONCE, PAIRS_OF_WORD)] = {};
 
-  static constexpr int place(int pair, int block, int word) { return (pair % PAIRS_OF_WORD * 2 + block) * WORDS + word; }
+  // By how many bits a column's are turned to where NOT_MET has its own, in either half of a word.
+  static constexpr int turn(int number, int block, int word) {
+    return (number % PAIRS_OF_WORD * 2 + block) * WORDS + word;
+  }
 
-  // A register of a column: what lies at its place is turned to where NOT_MET has its bit, in either half.
-  INLINE u32 column(int pair, int block, int word) const {
-    const u32 bits = this->bits[pair / PAIRS_OF_WORD];
-    const int turn = place(pair, block, word);
+  // A register of a column. number: of the pair among those that are unrolled together.
+  INLINE u32 column(int number, int block, int word) const {
+    const u32 bits = this->bits[number / PAIRS_OF_WORD];
+    const int turn = Hidden::turn(number, block, word);
     return (bits << turn | bits >> (-turn & 31)) & (NOT_MET | NOT_MET << 16);
   }
 };
@@ -27,13 +30,13 @@ struct HiddenTable {
   constexpr HiddenTable() : of() {
     for (int step = 0; step < SEEN_BANDS * STEPS_OF_BAND; step++)
       for (int lane = 0; lane < 32; lane++)
-        for (int pair = 0; pair < AT_ONCE; pair++)
+        for (int number = 0; number < AT_ONCE; number++)
           for (int block = 0; block < 2; block++)
             for (int i = 0; i < 2 * WORDS; i++) {
-              const int turn = Hidden::place(pair, block, i / 2);
-              const int seen = 16 * (step % STEPS_OF_BAND * AT_ONCE + pair) + 8 * block + lane / 4;
+              const int turn = Hidden::turn(number, block, i / 2);
+              const int seen = 16 * (step % STEPS_OF_BAND * AT_ONCE + number) + 8 * block + lane / 4;
               const bool met = meets(step / STEPS_OF_BAND, seen, i / 2 * 8 + lane % 4 * 2 + i % 2);
-              of[step][lane].bits[pair / Hidden::PAIRS_OF_WORD] |= (met ? 0u : 1u) << (14 + i % 2 * 16 - turn & 31);
+              of[step][lane].bits[number / Hidden::PAIRS_OF_WORD] |= u32(!met) << (14 + i % 2 * 16 - turn & 31);
             }
   }
 
@@ -76,29 +79,28 @@ struct Visibility {
   }
 
   // s = 0 where pixels meet, else -2^126 or twice that
-  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair) const {
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int number) const {
     zero(s);
 #pragma unroll
     for (int i = 0; i < 2 * UNITS; i++) {
       const int unit = i / 2, n = i % 2;
       if (WORDS == 1)
-        multiply_8_halves(s[unit][n], low[unit][0], high[unit][0], hidden.column(pair, n, 0));
+        multiply_8_halves(s[unit][n], low[unit][0], high[unit][0], hidden.column(number, n, 0));
       else
         multiply_16(s[unit][n], low[unit][0], high[unit][0], low[unit][WORDS - 1], high[unit][WORDS - 1],
-                    hidden.column(pair, n, 0), hidden.column(pair, n, WORDS - 1));
+                    hidden.column(number, n, 0), hidden.column(number, n, WORDS - 1));
     }
   }
 
   // The same, plus the product of rows, `group` and `group + 8` of any unit, with columns of either block.
-  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int pair, const u32 (&rows)[2],
+  INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int number, const u32 (&rows)[2],
                     const u32 (&columns)[2]) const {
-    if (WORDS > 1) start(s, hidden, pair);
-    else zero(s);
+    WORDS > 1 ? start(s, hidden, number) : zero(s);
 #pragma unroll
     for (int i = 0; i < 2 * UNITS; i++) {
       const int unit = i / 2, n = i % 2;
       if (WORDS == 1)
-        multiply_16(s[unit][n], low[unit][0], high[unit][0], rows[0], rows[1], hidden.column(pair, n, 0),
+        multiply_16(s[unit][n], low[unit][0], high[unit][0], rows[0], rows[1], hidden.column(number, n, 0),
                     columns[n]);
       else
         multiply_8_halves(s[unit][n], rows[0], rows[1], columns[n]);

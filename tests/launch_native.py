@@ -1,0 +1,47 @@
+"""Launches plans of the native kernels on a GPU, for compute-sanitizer: make gpu-memcheck and make gpu-racecheck.
+
+Every plan of the table, or, after "kinds", one of each kind. Maps are of several tiles each way and a remainder.
+"""
+
+import sys
+
+import torch
+
+from image_local_attention import local_aggregate, local_attention, local_similarity
+from image_local_attention.bench.timing import matmul_precision
+from image_local_attention.kernels import native
+from image_local_attention.kernels.native import plan, table
+from test_native import heads_for, kinds
+
+SIZE = 11, 24
+
+
+def launch(task: str, form: plan.Form, row: table.Row) -> None:
+    """Forward and backward of the operators that the task is part of."""
+    heads = heads_for(task, form, row)
+    dtype = torch.bfloat16 if form.product == "half" else torch.float32
+    layout = torch.contiguous_format if form.planes else torch.channels_last
+    shape = 1, heads * row.depth, *SIZE
+    query, key, value = (
+        torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        for _ in range(3)
+    )
+    options = {"kernel_size": row.kernel, "heads": heads, "backend": "triton"}
+    with native.using(task, row.plan), matmul_precision("tf32" if form.product == "tf32" else "ieee"):
+        if task in plan.UNFUSED:
+            out = local_aggregate(local_similarity(query, key, **options), value, **options)
+        else:
+            out = local_attention(query, key, value, **options)
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    jobs = kinds() if "kinds" in sys.argv[1:] else table.rows()
+    for job in jobs:
+        launch(*job)
+    print(f"launched {len(jobs)} plans")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Launches plans of the native kernels on a GPU, for compute-sanitizer: make gpu-memcheck and make gpu-racecheck.
 
-Every plan of the table, or, after "kinds", one of each kind. Maps are of several tiles each way and a remainder.
+Every plan of the table, or, with "kinds" among the arguments, one of each kind; with tasks among them, those of these.
+Maps are of several tiles each way and a remainder.
 """
 
 import sys
@@ -37,7 +38,10 @@ def launch(task: str, form: plan.Form, row: table.Row) -> None:
 
 
 def main() -> None:
-    jobs = kinds() if "kinds" in sys.argv[1:] else table.rows()
+    asked = set(sys.argv[1:])
+    jobs = kinds() if "kinds" in asked else table.rows()
+    tasks = asked - {"kinds"} or {task for task, _, _ in jobs}
+    jobs = [job for job in jobs if job[0] in tasks]
     for job in jobs:
         launch(*job)
     print(f"launched {len(jobs)} plans")

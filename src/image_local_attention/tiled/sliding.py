@@ -14,14 +14,20 @@ from .products import multiply
 COLUMNS, ROWS = 2, 4
 
 
-def inside(strip: Tensor, x: Tensor, columns: range, rows: range) -> tuple[Tensor, Tensor]:
-    """The part of a strip that lies in the map `x` [b, h, W, folded, H, D], and the same pixels of the map."""
-    for axis, pixels in ((COLUMNS, columns), (ROWS, rows)):
-        before, after = overhang(pixels, x.shape[axis])
-        length = max(len(pixels) - before - after, 0)
-        strip = strip.narrow(axis, before if length else 0, length)
-        x = x.narrow(axis, pixels.start + before if length else 0, length)
-    return strip, x
+class Buffer:
+    """Memory of a strip, and the views of it that every strip asks for again.
+
+    inside: what lies in the map's columns. top, bottom: the rows that the strip before covered too, and those that the
+    next will.
+    """
+
+    def __init__(self, pixels: Tensor, columns: tuple[int, int], kept: int):
+        """columns: the first that lies in the map, and their number. kept: rows that two strips cover."""
+        self.pixels = pixels
+        self.inside = pixels.narrow(COLUMNS, *columns)
+        self.top = pixels.narrow(ROWS, 0, kept)
+        self.bottom = pixels.narrow(ROWS, pixels.shape[ROWS] - kept, kept)
+        self.tiles: dict[range, Tensor] = {}  # of a chunk, where they are a view
 
 
 class Strip:
@@ -30,11 +36,20 @@ class Strip:
     def __init__(self, cover: Cover, x: Tensor, like: Tensor, fill: float = 0.0):
         self.cover = cover
         self.fill = fill
-        self.x = x.permute(0, 1, 4, 2, 3, 5)
-        b, h, folded, _, _, depth = x.shape
-        self.pixels = like.new_full((b, h, len(cover.columns), folded, cover.y.length, depth), fill)
+        b, h, folded, _, width, depth = x.shape
+        before, after = overhang(cover.columns, width)
+        columns = max(len(cover.columns) - before - after, 0)
+        self.x = x.permute(0, 1, 4, 2, 3, 5).narrow(COLUMNS, cover.columns.start + before if columns else 0, columns)
         self.kept = cover.y.length - cover.y.side  # rows that the next strip covers too
-        self.spare = torch.zeros_like(self.pixels) if self.kept else self.pixels
+        pixels = like.new_full((b, h, len(cover.columns), folded, cover.y.length, depth), fill)
+        self.buffer, self.spare = (
+            Buffer(x, (before if columns else 0, columns), self.kept)
+            for x in (pixels, torch.zeros_like(pixels) if self.kept else pixels)
+        )
+
+    @property
+    def pixels(self) -> Tensor:
+        return self.buffer.pixels
 
     def load(self, strip: int) -> None:
         """Reads what a strip covers."""
@@ -42,10 +57,9 @@ class Strip:
         if kept:
             self.move_on()
         rows = self.cover.rows(strip)[kept:]
-        pixels = self.pixels[:, :, :, :, kept:]
         if any(overhang(rows, self.x.shape[ROWS])):
-            pixels.fill_(self.fill)
-        pixels, there = inside(pixels, self.x, self.cover.columns, rows)
+            self.pixels.narrow(ROWS, kept, len(rows)).fill_(self.fill)
+        pixels, there = self.inside(kept, rows)
         pixels.copy_(there)
 
     def store(self, strip: int) -> None:
@@ -54,22 +68,37 @@ class Strip:
 
     def store_rows(self, rows: range) -> None:
         """Writes the first rows of the strip, which are `rows` of the map."""
-        pixels, there = inside(self.pixels[:, :, :, :, : len(rows)], self.x, self.cover.columns, rows)
+        pixels, there = self.inside(0, rows)
         there.copy_(pixels)
+
+    def inside(self, first: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Of the strip's rows from `first` on, which are `rows` of the map: the pixels in the map, there and here."""
+        before, after = overhang(rows, self.x.shape[ROWS])
+        length = max(len(rows) - before - after, 0)
+        if not length:
+            before, rows = 0, range(0)
+        here = self.buffer.inside.narrow(ROWS, first + before, length)
+        return here, self.x.narrow(ROWS, rows.start + before, length)
 
     def move_on(self) -> None:
         """Moves the rows that the next strip covers too to its top."""
-        self.spare[:, :, :, :, : self.kept] = self.pixels[:, :, :, :, self.cover.y.side :]
-        self.pixels, self.spare = self.spare, self.pixels
+        self.spare.top.copy_(self.buffer.bottom)
+        self.buffer, self.spare = self.spare, self.buffer
 
     def tiles(self, chunk: range) -> Tensor:
         """What some tiles cover, [N, pixels, D]; a view, or where tiles overlap and maps are several a copy."""
+        found = self.buffer.tiles.get(chunk)
+        if found is not None:
+            return found
         y, x, depth = self.cover.y, self.cover.x, self.pixels.shape[-1]
         column = self.cover.folded * y.length * depth
         maps, length = self.pixels.shape[:2].numel(), self.pixels.shape[2:].numel()
         shape = maps, len(chunk), x.length * self.cover.folded * y.length, depth
         strides = length, x.side * column, depth, 1
-        return self.pixels.as_strided(shape, strides, chunk.start * x.side * column).flatten(0, 1)
+        tiles = self.pixels.as_strided(shape, strides, chunk.start * x.side * column).flatten(0, 1)
+        if maps == 1:
+            self.buffer.tiles[chunk] = tiles
+        return tiles
 
 
 class Sums(Strip):

@@ -37,7 +37,8 @@ gpu-test:
 gpu-hunt:
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m families $(PYTEST_OPTIONS)
 
-# Reads and writes past an allocation, of every kernel with every option; without torch's cache of allocations.
+# Reads and writes past an allocation, of every kernel with every option and of every plan of the native ones; without
+# torch's cache of allocations.
 gpu-memcheck:
 	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(PYTHON) -m tests.launch_options

@@ -16,9 +16,19 @@ from test_native import heads_for, kinds
 
 SIZE = 11, 24
 
+served: list[str] = []  # the tasks that native kernels ran, of a launch
+ask = native.native
+
+
+def spy(task: str, *args):
+    found = ask(task, *args)
+    if found is not None:
+        served.append(task)
+    return found
+
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:
-    """Forward and backward of the operators that the task is part of."""
+    """Forward and backward of the operators that the task is part of, whose other tasks take the table's plans."""
     heads = heads_for(task, form, row)
     dtype = torch.bfloat16 if form.product == "half" else torch.float32
     layout = torch.contiguous_format if form.planes else torch.channels_last
@@ -28,6 +38,7 @@ def launch(task: str, form: plan.Form, row: table.Row) -> None:
         for _ in range(3)
     )
     options = {"kernel_size": row.kernel, "heads": heads, "backend": "triton"}
+    served.clear()
     with native.using(task, row.plan), matmul_precision("tf32" if form.product == "tf32" else "ieee"):
         if task in plan.UNFUSED:
             out = local_aggregate(local_similarity(query, key, **options), value, **options)
@@ -35,6 +46,8 @@ def launch(task: str, form: plan.Form, row: table.Row) -> None:
             out = local_attention(query, key, value, **options)
         out.backward(torch.randn_like(out))
         torch.cuda.synchronize()
+    if task not in served:
+        raise SystemExit(f"no native kernel ran {task} with {row}")
 
 
 def main() -> None:
@@ -42,6 +55,9 @@ def main() -> None:
     jobs = kinds() if "kinds" in asked else table.rows()
     tasks = asked - {"kinds"} or {task for task, _, _ in jobs}
     jobs = [job for job in jobs if job[0] in tasks]
+    if not jobs:
+        raise SystemExit(f"no plan of {sorted(tasks)}")
+    native.native = spy
     for job in jobs:
         launch(*job)
     print(f"launched {len(jobs)} plans")

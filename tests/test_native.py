@@ -106,7 +106,7 @@ def agreement(compiled: launch.Compiled) -> str:
     """Source that does not compile unless kernels take what `plan` says, and arguments end where `launch` says."""
     tiles = {"grad_query": 3, "grad_key_value": 2}.get(compiled.task, 1)
     pixels = {
-        "grad_key_value": "GROUP * HALO_PIXELS * 8",
+        "grad_key_value": "GROUP * HALO_PIXELS * sizeof(Query)",
         "similarity": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
         "aggregate": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
     }.get(compiled.task, "0")

@@ -5,7 +5,6 @@ Whatever a tile covers of it, itself or its halo, is then a run of whole columns
 overlapping view [tiles, pixels, D], which products take as it is.
 """
 
-import torch
 from torch import Tensor
 
 from .plan import Cover, Plan, overhang
@@ -17,14 +16,14 @@ COLUMNS, ROWS = 2, 4
 class Buffer:
     """Memory of a strip, and the views of it that every strip asks for again.
 
-    inside: what lies in the map's columns. top, bottom: the rows that the strip before covered too, and those that the
+    in_map: what lies in the map's columns. top, bottom: the rows that the strip before covered too, and those that the
     next will.
     """
 
     def __init__(self, pixels: Tensor, columns: tuple[int, int], kept: int):
         """columns: the first that lies in the map, and their number. kept: rows that two strips cover."""
         self.pixels = pixels
-        self.inside = pixels.narrow(COLUMNS, *columns)
+        self.in_map = pixels.narrow(COLUMNS, *columns)
         self.top = pixels.narrow(ROWS, 0, kept)
         self.bottom = pixels.narrow(ROWS, pixels.shape[ROWS] - kept, kept)
         self.tiles: dict[range, Tensor] = {}  # of a chunk, where they are a view
@@ -43,8 +42,8 @@ class Strip:
         self.kept = cover.y.length - cover.y.side  # rows that the next strip covers too
         pixels = like.new_full((b, h, len(cover.columns), folded, cover.y.length, depth), fill)
         self.buffer, self.spare = (
-            Buffer(x, (before if columns else 0, columns), self.kept)
-            for x in (pixels, torch.zeros_like(pixels) if self.kept else pixels)
+            Buffer(memory, (before if columns else 0, columns), self.kept)
+            for memory in (pixels, pixels.clone() if self.kept else pixels)
         )
 
     @property
@@ -72,12 +71,12 @@ class Strip:
         there.copy_(pixels)
 
     def inside(self, first: int, rows: range) -> tuple[Tensor, Tensor]:
-        """Of the strip's rows from `first` on, which are `rows` of the map: the pixels in the map, there and here."""
+        """What lies in the map of the rows from `first` on, which are `rows` of it, and these pixels of the map."""
         before, after = overhang(rows, self.x.shape[ROWS])
         length = max(len(rows) - before - after, 0)
         if not length:
             before, rows = 0, range(0)
-        here = self.buffer.inside.narrow(ROWS, first + before, length)
+        here = self.buffer.in_map.narrow(ROWS, first + before, length)
         return here, self.x.narrow(ROWS, rows.start + before, length)
 
     def move_on(self) -> None:

@@ -76,7 +76,7 @@ struct Lane {
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
 
-  // The pixel of a band that this subtile sees as number `seen` of it; numbers past the last are of one before `last`.
+  // The pixel of a band that this subtile sees as number `seen` of it; numbers past `last` count as it.
   // Rows are ROW pixels apart.
   template <int ROW = HALO_W>
   INLINE int band_pixel(int seen, int last = SEEN - 1) const {

@@ -62,12 +62,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
       const u32 first = shared_address(queries) + (head * HALO_PIXELS + band * BAND_PIXELS) * QueryPlaces::QUERY;
       for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
         const Seen seen = pairs.at(halos.band(band), pair, number);
-        const Queries queries(first, places, pair, number);
+        const Queries of(first, places, pair, number);
         float p[UNITS][2][4], dp[UNITS][2][4];
-        queries.begin(p, dp, visibility, hidden, number, rows);
+        of.begin(p, dp, visibility, hidden, number, rows);
         add_scores(p, k, seen, 0, head);
         add_scores(dp, v, seen, BAND_ROOM, head);
-        queries.end(p, dp, a.factor);
+        of.end(p, dp, a.factor);
         Weights packed[UNITS];
         pack_weights(packed, p);
         add_weighted(sum_v, packed, seen, BAND_ROOM, head);

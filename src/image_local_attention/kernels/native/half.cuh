@@ -39,7 +39,7 @@ INLINE float power_of(float logit) { return exp2_of(logit); }
 INLINE float from_natural(float logit) { return logit * LOG2E; }
 INLINE float log_sum_exp(float most, float sum) { return (most + __log2f(sum)) * LN2; }
 
-// What a sum of products begins with, and what it then is, for some number less than the sum to come of it.
+// Of products' sum less some number: what the sum begins with, and what is then made of it.
 INLINE float begin_less(float number) { return -number; }
 INLINE float end_less(float sum, float) { return sum; }
 
@@ -161,15 +161,16 @@ struct Seen {
   u32 scored, weighted, base;
 };
 
-INLINE u32 seen_matrix_row(int block, bool later, const Lane& l) {
+// first: pixel of a block
+INLINE u32 seen_matrix_row(int first, bool later, const Lane& l) {
   constexpr int STEP = row_step(HALO_W);
   const int row = l.lane & 7;
-  const int pixel = PLANES ? l.band_pixel<STEP>(block, SEEN - 8) : l.band_pixel<STEP>(block + row);
+  const int pixel = PLANES ? l.band_pixel<STEP>(first, SEEN - 8) : l.band_pixel<STEP>(first + row);
   return swizzled(matrix_row<HALO_W>(pixel, later, row), HALO_PATTERN);
 }
 
 INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
-  const int first = l.lane >> 3 & 1, second = l.lane >> 4;
+  const int first = l.lane >> 3 & 1, second = l.lane >> 4;  // bits of the number of this lane's matrix
   return {seen_matrix_row(16 * pair + 8 * second, first, l), seen_matrix_row(16 * pair + 8 * first, second, l), band};
 }
 

@@ -1,15 +1,16 @@
 // Log-sum-exp and delta of the queries that are seen, of a halo's pixels in shared memory.
 //
 // Of floats a lane reads both for each of its columns, and takes them from what products have summed up. Of halves,
-// products take them away: sums begin with them, each as three bfloat16s whose sum it is, of which a lane reads two for a
-// block. That is a quarter of the reads of shared memory, which are what these kernels wait for.
+// products take them away: sums begin with them, each as three bfloat16s whose sum it is, of which a lane reads two for
+// a block. That is a quarter of the reads of shared memory, which are what these kernels wait for. What units cut off
+// such a sum makes weights differ from the forward's by 1e-6 of the log-sum-exp or less.
 
 constexpr bool IN_PRODUCTS = ELEMENT == 2;
 constexpr int QUERY_WORDS = IN_PRODUCTS ? 3 : 2;
-constexpr u32 ONE = 0x3F80, LEAST_LOGIT = 0xFE80;  // bfloat16s: 1, and -2^126
+constexpr u32 ONE = 0x3F80, FAR_BELOW = 0xFE80;  // bfloat16s: 1, and -2^126
 
 struct alignas(IN_PRODUCTS ? 4 : 8) Query {
-  u32 words[QUERY_WORDS];  // log-sum-exp, delta; in products three parts of each, less than nothing, two in a word
+  u32 words[QUERY_WORDS];  // log-sum-exp, delta; in products, three parts of minus each, two in a word
 
   // lse: natural
   INLINE static Query of(float lse, float delta, float factor) {
@@ -29,7 +30,7 @@ struct alignas(IN_PRODUCTS ? 4 : 8) Query {
   // One that is not in the map: it has no weight.
   INLINE static Query none() {
     Query query = {};
-    query.words[0] = IN_PRODUCTS ? LEAST_LOGIT : 0x7F800000;
+    query.words[0] = IN_PRODUCTS ? FAR_BELOW : 0x7F800000;
     return query;
   }
 
@@ -45,7 +46,7 @@ struct alignas(IN_PRODUCTS ? 4 : 8) Query {
 
 // Rows of the products that sums begin with: which of the parts that a lane reads belong to which sum.
 struct QueryRows {
-  u32 lse[2], delta[2];  // rows `group` and `group + 8`
+  u32 lse[2], delta[2];  // rows `group` and `group + 8`: alike, but each in a register of its own, as operands are
 
   INLINE QueryRows(const Lane& l) {
 #pragma unroll
@@ -124,7 +125,7 @@ struct Queries {
     for (int i = 0; i < 8 * UNITS; i++) {
       float &weight = s[i / 8][i / 4 % 2][i % 4], &d = dp[i / 8][i / 4 % 2][i % 4];
       if (IN_PRODUCTS) {
-        weight = power_of(__fmul_rn(weight, factor));
+        weight = power_of(weight * factor);
         d *= weight;
       } else {
         const Query& at_column = columns[i / 4 % 2][i % 2];

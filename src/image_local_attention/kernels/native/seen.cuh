@@ -1,8 +1,8 @@
 // Pairs of blocks of 8 pixels that a subtile sees of a band: in which order they are taken, and where they lie.
 //
 // To find where takes as many operations as a product. But pairs repeat where a few of them fill whole rows, and whole
-// patterns that copies are swizzled in: PERIOD pairs later, they lie PERIOD_ROWS rows below. So those of a period are found
-// once, if it is known which of the pairs that are unrolled repeat them. Bands repeat each other in any case.
+// patterns that copies are swizzled in: PERIOD pairs later, they lie PERIOD_ROWS rows below. So those of a period are
+// found once, if it is known which of the pairs that are unrolled repeat them. Bands repeat each other in any case.
 
 // Between rows of a band.
 constexpr int ROW_BYTES = HALO_W * PIXEL_BYTES * (ROWS_OF_PLANES ? CHANNELS : 1);
@@ -18,8 +18,8 @@ constexpr int PERIOD = period_of_pairs(), PERIOD_ROWS = 16 * PERIOD / SEEN_W;
 constexpr bool REPEATS = 2 * PERIOD <= SEEN_BANDS * PAIRS &&
                          (STEPS_OF_BAND == 1 || (AT_ONCE % PERIOD == 0 && 16 * ROUNDED_PAIRS == SEEN));
 
-// Whether a pair repeats that of number `number % PERIOD`. number: of the pair among those that are unrolled together. The
-// last of a band may have fewer pixels than others.
+// Whether a pair repeats that of number `number % PERIOD`. number: of the pair among those that are unrolled together.
+// The last of a band may have fewer pixels than others.
 constexpr INLINE bool repeats(int number) {
   return REPEATS && (PERIOD == PAIRS || SEEN % 16 == 0 || number < PAIRS - 1);
 }

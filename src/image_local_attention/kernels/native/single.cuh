@@ -19,7 +19,7 @@ INLINE float weight_of(float product, float factor, float less) {
 INLINE float from_natural(float logit) { return logit; }
 INLINE float log_sum_exp(float most, float sum) { return fmaf(__log2f(sum), LN2, most); }
 
-// What a sum of products begins with, and what it then is, for some number less than the sum to come of it.
+// Of products' sum less some number: what the sum begins with, and what is then made of it.
 INLINE float begin_less(float number) { return EXACT ? 0.0f : -number; }
 INLINE float end_less(float sum, float number) { return EXACT ? sum - number : sum; }
 
@@ -238,6 +238,7 @@ INLINE Seen seen_of(u32 band, int pair, const Lane& l) {
   return seen;
 }
 
+// Six words for each pair of a period are too many to hold.
 INLINE Seen held(const Seen& seen) { return seen; }
 
 // Of 8 channels: of either block the first 4, then the others.
@@ -245,7 +246,8 @@ INLINE void load_scored(u32 (&r)[4], const Seen& seen, u32 map, int head, int st
   if constexpr (PLANES) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      load(reinterpret_cast<u32(&)[1]>(r[i]), seen.scored[i / 2] + seen.base + map + (step * 8 + i % 2 * 4) * BAND_PIXELS * 4);
+      load(reinterpret_cast<u32(&)[1]>(r[i]),
+           seen.scored[i / 2] + seen.base + map + (step * 8 + i % 2 * 4) * BAND_PIXELS * 4);
   } else {
     const int number = head * STEPS + step;
     const u32 address = (seen.scored[0] ^ number % 4 * 32) + seen.base + map + number / 4 * PART_ROOM;

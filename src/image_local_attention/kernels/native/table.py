@@ -2,11 +2,11 @@
 
 What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
-bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, and as wide as registers
-let blocks be. In planes of halves, whose halos have many unseen columns, warps take two units, for these share what
-they read of a band. Of halves at 64 channels it is read from the L2 cache so often that Triton's kernels, which hold
-less of it at once, are as fast for the widest windows; products in three passes of TF32 take so long that copies hide
-behind them.
+bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, those of halves often of 8,
+and as wide as registers let blocks be. In planes of halves, whose halos have many unseen columns, warps take two units
+where bands pass, for these share what they read of a band. Past 13x13 these are left to Triton's kernels, which read
+less from the L2 cache; products in three passes of TF32 take so long that copies hide behind them. Steps of wide
+windows are of as many pairs of blocks as fill whole rows, for these lie alike.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class Row(NamedTuple):
 
 # Rows are read from the top, the first of this depth that is wide enough and suits the heads is taken. A figure is
 # milliseconds of that kernel on an H200 when plans were tried, then those of Triton's for the same; delta is part of
-# grad_query, and of Triton's figure. A case without a figure: by analogy with planes. docs/performance.md has what
-# passes take.
+# grad_query, and of Triton's figure; "with delta", of both. A row without a figure: by analogy with another.
+# docs/performance.md has what passes take.
 _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
     ("forward", "half", False): (
         Row(16, 7, Plan((4, 8), 4, 5, 9)),  # 512-4x16-k5 0.052 : 0.095, k7 0.075 : 0.111

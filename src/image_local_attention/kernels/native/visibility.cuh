@@ -2,10 +2,10 @@
 // tells in which column and in which row of the subtile a pixel lies, a column of the second has, for each of these,
 // zero or NOT_MET. Its operands are bfloat16, whatever maps are.
 constexpr u32 HIDING = 0xFE00;   // -2^125, at the places of a row
-constexpr u32 NOT_MET = 0x4000;  // 2, a single bit: what -2^126 is added to vanishes beside it, two of them are finite
+constexpr u32 NOT_MET = 0x4000;  // 2, a single bit: what -2^126 is added to vanishes beside it, three are finite
 constexpr int WORDS = ceil_div(SUB_H + SUB_W, 8);  // registers of a column
 
-// Of the pairs of blocks that are unrolled together: a bit is a number of a column.
+// Of the pairs of blocks that are unrolled together, which pixels do not meet: a bit for each number of a column.
 struct Hidden {
   static constexpr int PAIRS_OF_WORD = 8 / WORDS;
 
@@ -95,7 +95,10 @@ struct Visibility {
   // The same, plus the product of rows, `group` and `group + 8` of any unit, with columns of either block.
   INLINE void start(float (&s)[UNITS][2][4], const Hidden& hidden, int number, const u32 (&rows)[2],
                     const u32 (&columns)[2]) const {
-    WORDS > 1 ? start(s, hidden, number) : zero(s);
+    if (WORDS > 1)
+      start(s, hidden, number);
+    else
+      zero(s);
 #pragma unroll
     for (int i = 0; i < 2 * UNITS; i++) {
       const int unit = i / 2, n = i % 2;

@@ -12,19 +12,9 @@ from image_local_attention import local_aggregate, local_attention, local_simila
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
-from test_native import heads_for, kinds
+from test_native import heads_for, kinds, noting
 
 SIZE = 11, 24
-
-served: list[str] = []  # the tasks that native kernels ran, of a launch
-ask = native.native
-
-
-def spy(task: str, *args):
-    found = ask(task, *args)
-    if found is not None:
-        served.append(task)
-    return found
 
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:
@@ -38,7 +28,6 @@ def launch(task: str, form: plan.Form, row: table.Row) -> None:
         for _ in range(3)
     )
     options = {"kernel_size": row.kernel, "heads": heads, "backend": "triton"}
-    served.clear()
     with native.using(task, row.plan), matmul_precision("tf32" if form.product == "tf32" else "ieee"):
         if task in plan.UNFUSED:
             out = local_aggregate(local_similarity(query, key, **options), value, **options)
@@ -46,8 +35,6 @@ def launch(task: str, form: plan.Form, row: table.Row) -> None:
             out = local_attention(query, key, value, **options)
         out.backward(torch.randn_like(out))
         torch.cuda.synchronize()
-    if task not in served:
-        raise SystemExit(f"no native kernel ran {task} with {row}")
 
 
 def main() -> None:
@@ -57,9 +44,13 @@ def main() -> None:
     jobs = [job for job in jobs if job[0] in tasks]
     if not jobs:
         raise SystemExit(f"no plan of {sorted(tasks)}")
-    native.native = spy
+    served: list[str] = []
+    native.native = noting(served)
     for job in jobs:
+        served.clear()
         launch(*job)
+        if job[0] not in served:
+            raise SystemExit(f"no native kernel ran {job}")
     print(f"launched {len(jobs)} plans")
 
 

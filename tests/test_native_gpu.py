@@ -16,7 +16,7 @@ from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
-from test_native import EVERY_ROW, heads_for, row_name
+from test_native import EVERY_ROW, heads_for, noting, row_name
 
 FP32 = torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
@@ -35,15 +35,8 @@ def operator_of(task: str):
 @pytest.fixture
 def served(monkeypatch):
     """The tasks that native kernels are launched for."""
-    tasks, ask = [], native.native
-
-    def spy(task, *args):
-        found = ask(task, *args)
-        if found is not None:
-            tasks.append(task)
-        return found
-
-    monkeypatch.setattr(native, "native", spy)
+    tasks = []
+    monkeypatch.setattr(native, "native", noting(tasks))
     return tasks
 
 

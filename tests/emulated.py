@@ -26,9 +26,21 @@ FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-share
 ALIGNMENT = 64
 SHARED = 227 * 1024
 RUN = """
-extern "C" void run(const Arguments* a, const int* grid, int late) {
+extern "C" void run(const Arguments* a, const int* grid, int late, int early) {
+  BEFORE
   emulator::launch(grid, WARPS * 32, late, [=] { KERNEL(*a); });
 }
+"""
+# A launch that begins early finds no delta before it waits.
+BEFORE = """
+  float* delta = const_cast<float*>(a->delta);
+  const long long count = (long long)grid[2] * a->heads * a->height * a->width;
+  if (early) {
+    emulator::before = [delta, made = std::vector<float>(delta, delta + count)] {
+      std::copy(made.begin(), made.end(), delta);
+    };
+    std::fill_n(delta, count, NAN);
+  }
 """
 
 
@@ -38,17 +50,19 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, late: bool) -> None:
         self._run, self._late = library.run, late
 
-    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes, early: bool) -> None:
         held = ctypes.create_string_buffer(len(arguments) + ALIGNMENT)
         start = -ctypes.addressof(held) % ALIGNMENT
         held[start : start + len(arguments)] = arguments
-        self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late))
+        self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late), int(early))
 
 
 @functools.cache
 def library(compiled: launch.Compiled) -> ctypes.CDLL:
     macros = [option.replace("--define-macro=", "-D") for option in compiled.options if "define" in option]
-    source = "".join((HEADER.read_text(), *map(launch.text, compiled.files[1:]), RUN.replace("KERNEL", compiled.task)))
+    before = BEFORE if compiled.task == "grad_key_value" else ""
+    run = RUN.replace("KERNEL", compiled.task).replace("BEFORE", before)
+    source = "".join((HEADER.read_text(), *map(launch.text, compiled.files[1:]), run))
     key = hashlib.sha256(repr((source, macros, FLAGS)).encode()).hexdigest()
     BUILT.mkdir(parents=True, exist_ok=True)
     path = BUILT / f"{key[:32]}.so"

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 typedef unsigned int u32;
@@ -88,6 +89,7 @@ inline ucontext_t scheduler;
 inline int current = 0, alive = 0;
 inline u64 turns = 0;  // in which nobody got any further
 inline bool late = false;
+inline std::function<void()> before;  // what was launched before and has not ended
 
 inline void yield() {
   if (++turns > 10'000'000ull) fprintf(stderr, "threads wait for each other\n"), std::abort();
@@ -324,6 +326,13 @@ inline void copy_row_in(u32 to, const void* from, u32 bytes, u32 barrier) {
 inline void copy_row_out(void* to, u32 from, u32 bytes) {
   check_row(from, (u64)to, bytes);
   memcpy(to, raw + from, bytes);
+}
+
+inline void next_may_begin() {}
+
+// The first to wait ends what was launched before.
+inline void wait_for_launches() {
+  if (emulator::before) std::exchange(emulator::before, nullptr)();
 }
 
 inline void before_copies() {}

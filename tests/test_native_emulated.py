@@ -8,6 +8,7 @@ from emulated import COMPILER, emulated
 from image_local_attention import local_attention
 from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
+from image_local_attention.kernels.native import launch
 from image_local_attention.kernels.native.plan import Plan
 from problems import for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
@@ -132,6 +133,23 @@ def test_strips(bytes_of_a_strip, monkeypatch):
     with emulated(late=False) as ran:
         check(ATTENTION, problem(3, 32, (19, 37), (3, 3), batch=2), TRITON, FP32)
     assert set(ran) == FUSED
+
+
+@pytest.mark.parametrize("of_query", [True, False])
+def test_gradients_of_key_and_value_begin_early_after_that_of_the_query(of_query, monkeypatch):
+    """And only then: what the query's gradient leaves to others may be made by any kernel."""
+    launched = []
+
+    def spy(self, maps, *numbers, early=False):
+        launched.append(early)
+        return call(self, maps, *numbers, early=early)
+
+    call = launch.Native.__call__
+    monkeypatch.setattr(launch.Native, "__call__", spy)
+    with emulated(late=False) as ran:
+        check(ATTENTION, problem(2, 32, (9, 13), (3, 5), wanted=(of_query, True, True, False)), TRITON, FP32)
+    assert launched == ([False, False, True] if of_query else [False, False])
+    assert set(ran) == (FUSED if of_query else FUSED - {"grad_query"})
 
 
 @pytest.mark.parametrize("scale", [1e-6, 2.0**50, -0.7])

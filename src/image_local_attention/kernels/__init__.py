@@ -65,13 +65,14 @@ def attention_backward(
     delta = query.new_empty(query.shape[:4], dtype=torch.float32)
     maps = query, key, value, grad_out
     given = *maps, grad_lse, out, lse, delta
-    if grad_query is None or not native.grad_query(*given, grad_query, problem):
+    made_delta = grad_query is not None and native.grad_query(*given, grad_query, problem)
+    if not made_delta:
         _delta(grad_out, grad_lse, out, delta, rules)
         if grad_query is not None:
             _grad_query(*maps, lse, delta, grad_query, rules)
     inputs = *maps, lse, delta
     wants_key_value = grad_key is not None or grad_value is not None
-    if wants_key_value and not native.grad_key_value(*inputs, grad_key, grad_value, problem):
+    if wants_key_value and not native.grad_key_value(*inputs, grad_key, grad_value, problem, made_delta):
         _grad_key_value(*inputs, grad_key, grad_value, rules)
     if wanted[3]:
         of_bias = grad_bias.of_attention(*inputs, rules).to(rules.bias.dtype)

@@ -69,15 +69,19 @@ def grad_key_value(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
     problem: Problem,
+    after_grad_query: bool,
 ) -> bool:
-    """Fills the gradients of key and value, where both are wanted."""
+    """Fills the gradients of key and value, where both are wanted.
+
+    after_grad_query: the last launch was that of `grad_query` over the same maps, so that this may begin before it ends.
+    """
     if grad_key is None or grad_value is None or not _contiguous(lse) or problem.rules.window.slots == 1:
         return False
     maps = query, key, value, grad_out, grad_key, grad_value
     launch = native("grad_key_value", problem, maps)
     if launch is None:
         return False
-    launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem))
+    launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem), early=after_grad_query)
     return True
 
 

@@ -17,6 +17,25 @@ _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _STRIDED = struct.Struct("<Qqqqq24x")  # as long as its alignment
 _STRIDE = 16  # bytes, of which strides are multiples
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_MAY_BEGIN_EARLY = _Attribute(id=_EARLY, value=1)
 
 
 class Kernel:
@@ -28,16 +47,20 @@ class Kernel:
         checked(driver().cuModuleLoadData(ctypes.byref(module), cubin))
         checked(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         checked(driver().cuFuncSetAttribute(function, _SHARED_SIZE, shared))
-        self._function, self._threads, self._shared = function, threads, shared
-        self._launch = driver().cuLaunchKernel
+        self._function, self._block, self._shared = function, (threads, 1, 1), shared
+        self._launch = driver().cuLaunchKernelEx
 
-    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
-        """Launches with `arguments`, the kernel's one argument, a struct."""
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes, early: bool) -> None:
+        """Launches with `arguments`, the kernel's one argument, a struct.
+
+        early: before what was launched last has ended, if it lets that be. The kernel waits for it.
+        """
         bind_thread()
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        checked(self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, pointers, None))
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), int(early))
+        checked(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 
 def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:

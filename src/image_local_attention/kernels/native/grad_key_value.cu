@@ -42,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     key.copy_in(barrier), value.copy_in(barrier);
     halos.fill_all();
   }
+  wait_for_launches();  // which make delta
   load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
   const QueryRows rows(l);

@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     query.copy_in(barrier), grad_out.copy_in(barrier), out.copy_in(barrier);
     halos.fill_all();
   }
+  next_may_begin();
   const Visibility visibility(l);
   const SeenPairs pairs(l);
   __syncthreads();

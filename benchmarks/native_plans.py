@@ -79,7 +79,7 @@ class Problem:
                 sized, steps = (256,), (1,)
         bands = BANDS
         if self.task in UNFUSED:
-            sized, steps, bands = MORE_THREADS, (1, 2) if single else (1, 2, 4), MORE_BANDS
+            sized, steps, bands = MORE_THREADS, (1, 2, 3) if single else (1, 2, 3, 4, 6), MORE_BANDS
         for (units, sharers), (band, slots), step in itertools.product(self._sharing(), bands, steps):
             for tile, heads in itertools.product(self._tiles(units), (1, 2, 4)):
                 warps = tile[0] * tile[1] // (16 * units) * sharers * heads
@@ -90,12 +90,12 @@ class Problem:
                         yield plan
 
     def _sharing(self) -> Iterator[tuple[int, int]]:
-        """Units of a warp, and warps of a unit. Sums of two units of many floats would take too many registers."""
+        """Units of a warp, and warps of a subtile. Sums of two units of many floats would take too many registers."""
         yield 1, 1
         if self.task in UNFUSED or self.form.element == 2 or self.case.depth <= 32:
             yield 2, 1
         if self.task == "similarity":
-            yield 1, 2
+            yield from ((1, 2), (2, 2))
 
     def _tiles(self, units: int) -> tuple[tuple[int, int], ...]:
         large = units == 2 or (self.form.planes and self.form.element == 2)

@@ -54,7 +54,8 @@ class Kernel:
         held = ctypes.create_string_buffer(len(arguments) + ALIGNMENT)
         start = -ctypes.addressof(held) % ALIGNMENT
         held[start : start + len(arguments)] = arguments
-        self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late), int(early))
+        address = ctypes.c_void_p(ctypes.addressof(held) + start)
+        self._run(address, (ctypes.c_int * 3)(*grid), int(self._late), int(early))
 
 
 @functools.cache

@@ -55,11 +55,12 @@ def test_plans_are_within_their_budgets(job, late):
 @pytest.mark.parametrize("task", sorted(UNFUSED))
 @pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP32], ids=["bf16", "fp32"])
-def test_two_units_of_a_warp_and_two_warps_of_a_unit(task, planes, dtype):
+def test_units_of_a_warp_and_warps_of_a_unit(task, planes, dtype):
     layouts = ("contiguous" if planes else "channels_last",) * 4
     plans = [Plan((8, 16), 4, 1, 2, units=2), Plan((8, 16), 4, 1, 1, band=2, slots=3, units=2)]
     if task == "similarity":
-        plans += [Plan((4, 16), 8, 1, 2, shared_by=2), Plan((4, 16), 8, 1, 1, band=2, slots=2, shared_by=2)]
+        plans += [Plan((4, 16), 8, 1, step, band=2, slots=2, shared_by=2) for step in (1, 2)]
+        plans += [Plan((8, 16), 8, 1, 1, band=2, slots=3, units=2, shared_by=2)]
     for plan in plans:
         with native.using(task, plan), emulated(late=True) as ran:
             check(operator_of(task), problem(1, 32, (11, 24), (9, 6), layouts=layouts), TRITON, dtype)

@@ -73,7 +73,7 @@ def grad_key_value(
 ) -> bool:
     """Fills the gradients of key and value, where both are wanted.
 
-    after_grad_query: the last launch was that of `grad_query` over the same maps, so that this may begin before it ends.
+    after_grad_query: the last launch was that of `grad_query` over the same maps, so that this may begin early.
     """
     if grad_key is None or grad_value is None or not _contiguous(lse) or problem.rules.window.slots == 1:
         return False

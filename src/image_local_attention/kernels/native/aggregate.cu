@@ -22,7 +22,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
     halos.fill_all();
   }
   weights.load(a.weights, l);
-  const Pairs pairs(l, at, halos);  // a weight of a key that is not there may be anything
+  const SeenPairs pairs(l);
+  const WeightTile::Places places(l, KERNEL_W);
+  const InMap in_map(l, at, halos);  // a weight of a key that is not there may be anything
   __syncthreads();
 
 #pragma unroll 1
@@ -30,18 +32,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
     float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
-#pragma unroll AT_ONCE
-      for (int pair = 0; pair < PAIRS; pair++) {
+      const Number* first = weights.query(head, l) + seen_band * SEEN_ROWS * KERNEL_W;
+      const auto meeting_at = [&](int step) { return in_map.meeting_of(seen_band, step); };
+      for_each_pair(meeting_at, [&](int pair, const Meeting& meeting, int number) {
         Number p[UNITS][2][4];
-        pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {
-          const Number* weight = weights.numbers + weights.query(unit, head, l) + weights.slot(y, x);
-          p[unit][block][i] = low ? weight[0] : Number(0);
-          p[unit][block][2 + i] = high ? weight[weights.NEXT] : Number(0);
+        places.for_each(first, pair, number, [&](int unit, int block, int i, const Number* weight) {
+          const bool meets = meeting.has(number, unit, block, i);
+          p[unit][block][i] = meets ? weight[weights.later_in_unit(unit, i)] : Number(0);
         });
         Weights packed[UNITS];
         pack_weights(packed, p);
-        add_weighted(sum, packed, seen_of(halos.band(band), pair, l), 0, head);
-      }
+        add_weighted(sum, packed, pairs.at(halos.band(band), pair, number), 0, head);
+      });
     });
     Pair scales[UNITS];
 #pragma unroll

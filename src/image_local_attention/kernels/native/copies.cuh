@@ -100,7 +100,7 @@ struct Halos {
     if (l.lane == 0) barrier_arrive(barrier(number, READ));
   }
 
-  // Calls `see(band, seen_band)` for each band that this lane's subtile sees, once its maps up to `last` have come.
+  // Calls `see(band, seen_band)` for each band that this lane's warp takes, once its maps up to `last` have come.
   template <typename See>
   INLINE void for_each_band(const Lane& l, Map last, See see) const {
 #pragma unroll 1
@@ -109,7 +109,7 @@ struct Halos {
       wait(band, FIRST);
       if (last == SECOND) wait(band, SECOND);
       const int seen_band = l.seen_band(band);
-      if (seen_band >= 0 && seen_band < SEEN_BANDS) see(band, seen_band);
+      if (l.takes(seen_band)) see(band, seen_band);
       release(band, l);
     }
   }

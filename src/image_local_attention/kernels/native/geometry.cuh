@@ -45,6 +45,7 @@ constexpr int PIXEL_BYTES = PLANES ? ELEMENT : PART_BYTES;  // from a pixel of a
 
 static_assert(SUBTILES * SHARED_BY * GROUP % WARPS == 0 && WARPS % (SUBTILES * SHARED_BY) == 0,
               "a warp keeps to one subtile");
+static_assert(!WHOLE || SHARED_BY == 1, "warps take turns at bands");
 static_assert(WHOLE || (WARP_HEADS == 1 && SUB_H % BAND_H == 0), "bands pass once, and subtiles begin with one");
 static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 128),
               "what is swizzled together is a whole pattern, or a whole part of one");
@@ -63,7 +64,7 @@ static_assert(rows_are_right(), "a row is found by a multiplication");
 struct Lane {
   int thread, lane, warp, group, member;  // fragments: rows `group` and `group + 8`, columns 2 * `member` and the next
   int sub_y, sub_x, first_head;           // the subtile's first pixel in the tile, and the warp's first head
-  int share;                              // number of the warp among the SHARED_BY of a subtile and head
+  int share;                              // number of the warp among the SHARED_BY that take turns at bands
 
   INLINE Lane() {
     thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = lane >> 2, member = lane & 3;
@@ -75,6 +76,11 @@ struct Lane {
 
   // The number of a band among those that this subtile sees, which are numbered up to SEEN_BANDS.
   INLINE int seen_band(int band) const { return WHOLE ? 0 : band - sub_y / BAND_H; }
+
+  // Whether this warp takes it.
+  INLINE bool takes(int seen_band) const {
+    return seen_band >= 0 && seen_band < SEEN_BANDS && (SHARED_BY == 1 || seen_band % SHARED_BY == share);
+  }
 
   // The pixel of a band that this subtile sees as number `seen` of it; numbers past `last` count as it.
   // Rows are ROW pixels apart.

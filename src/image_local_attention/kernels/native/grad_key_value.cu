@@ -61,7 +61,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     zero(sum_v);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
       const u32 first = shared_address(queries) + (head * HALO_PIXELS + band * BAND_PIXELS) * QueryPlaces::QUERY;
-      for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
+      const auto hidden_at = [&](int step) { return hidden_of(seen_band, step, l); };
+      for_each_pair(hidden_at, [&](int pair, const Hidden& hidden, int number) {
         const Seen seen = pairs.at(halos.band(band), pair, number);
         const Queries of(first, places, pair, number);
         float p[UNITS][2][4], dp[UNITS][2][4];

@@ -66,7 +66,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
     float sum[UNITS][SUMS][4];
     zero(sum);
     halos.for_each_band(l, Halos::SECOND, [&](int band, int seen_band) {
-      for_each_pair(seen_band, l, [&](int pair, const Hidden& hidden, int number) {
+      const auto hidden_at = [&](int step) { return hidden_of(seen_band, step, l); };
+      for_each_pair(hidden_at, [&](int pair, const Hidden& hidden, int number) {
         const Seen seen = pairs.at(halos.band(band), pair, number);
         float s[UNITS][2][4], dp[UNITS][2][4];
         visibility.start(s, hidden, number);

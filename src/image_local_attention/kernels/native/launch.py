@@ -138,7 +138,8 @@ class Compiled(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """Of the source, one after the other; the first has what only a GPU can do."""
         numbers = "half.cuh" if self.form.product == "half" else "single.cuh"
-        of_pairs = (numbers, "weights.cuh") if self.task in UNFUSED else ("visibility.cuh", numbers, "seen.cuh")
+        of_weights = self.task in UNFUSED
+        of_pairs = (numbers, "seen.cuh", "weights.cuh") if of_weights else ("visibility.cuh", numbers, "seen.cuh")
         of_queries = ("queries.cuh",) if self.task == "grad_key_value" else ()
         return "instructions.cuh", "geometry.cuh", "copies.cuh", *of_pairs, *of_queries, f"{self.task}.cu"
 

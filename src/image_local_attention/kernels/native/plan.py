@@ -51,7 +51,7 @@ class Plan:
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
     it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. units: of 16
     pixels that a warp takes, one or two, which share what is read of a halo but hold twice as many registers.
-    shared_by: warps that take turns at the pairs of blocks of a subtile and head, in similarity alone.
+    shared_by: warps that take turns at the bands that a subtile sees, in similarity alone.
     """
 
     tile: tuple[int, int]
@@ -170,6 +170,8 @@ def suits(task: str, plan: Plan, group: int, form: Form) -> bool:
     """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band."""
     (th, tw), (sub_h, sub_w) = plan.tile, _subtile(task, plan, form)
     subtiles = th // sub_h * (tw // sub_w) * plan.shared_by
+    if plan.shared_by > 1 and not plan.band:
+        return False
     if th % sub_h or tw % sub_w or (plan.band and (plan.warps != subtiles * group or sub_h % plan.band)):
         return False
     return plan.warps % subtiles == 0 and subtiles * group % plan.warps == 0

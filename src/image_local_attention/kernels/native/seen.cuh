@@ -45,14 +45,15 @@ struct SeenPairs {
   }
 };
 
-// Calls `see(pair, hidden, number)` for each pair of a band.
-template <typename See>
-INLINE void for_each_pair(int seen_band, const Lane& l, See see) {
+// Calls `see(pair, known, number)` for each pair of a band. known: what `know` gives of those that are unrolled together,
+// of the number of that step.
+template <typename Know, typename See>
+INLINE void for_each_pair(Know know, See see) {
   const auto see_some = [&](int first, int count) {
-    const Hidden hidden = hidden_of(seen_band, first / AT_ONCE, l);
+    const auto known = know(first / AT_ONCE);
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++)
-      if (i < count) see(first + i, hidden, i);
+      if (i < count) see(first + i, known, i);
   };
   constexpr int REST = PAIRS % AT_ONCE;
 #pragma unroll 1

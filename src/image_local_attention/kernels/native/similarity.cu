@@ -21,7 +21,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) similarity(co
     query.copy_in(halos.barrier(0, Halos::FIRST));
     halos.fill_all();
   }
-  const Pairs pairs(l);
+  const SeenPairs pairs(l);
+  const WeightTile::Places places(l, KERNEL_W);
   __syncthreads();
   if (Kept::ROOM) halos.wait(0, Halos::FIRST);
 
@@ -29,19 +30,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) similarity(co
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
     Fragments q[UNITS];
     query.load(q, head);
-    const float scale = a.scale;
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
-#pragma unroll AT_ONCE
-      for (int pair = l.share; pair < PAIRS; pair += SHARED_BY) {
+      Number* first = weights.query(head, l) + seen_band * SEEN_ROWS * KERNEL_W;
+      const auto meeting_at = [&](int step) { return meeting_of(seen_band, step, l); };
+      for_each_pair(meeting_at, [&](int pair, const Meeting& meeting, int number) {
         float s[UNITS][2][4];
         zero(s);
-        add_scores(s, q, seen_of(halos.band(band), pair, l), 0, head);
-        pairs.for_each_column(seen_band, pair, l, [&](int unit, int block, int i, int y, int x, bool low, bool high) {
-          Number* weight = weights.numbers + weights.query(unit, head, l) + weights.slot(y, x);
-          if (low) weight[0] = number_of(s[unit][block][i] * scale);
-          if (high) weight[weights.NEXT] = number_of(s[unit][block][2 + i] * scale);
+        add_scores(s, q, pairs.at(halos.band(band), pair, number), 0, head);
+        places.for_each(first, pair, number, [&](int unit, int block, int i, Number* weight) {
+          const Number scaled = number_of(s[unit][block][i] * a.scale);
+          if (meeting.has(number, unit, block, i)) weight[weights.later_in_unit(unit, i)] = scaled;
         });
-      }
+      });
     });
   }
   weights.copy_out(a.weights, l);

@@ -279,18 +279,18 @@ _GATHERED_WEIGHTS = {
 # With 64 channels: the figure is milliseconds at 256x256, exact ones of floats.
 _UNFUSED_64 = {
     ("similarity", "half", False): (
-        Row(64, 5, Plan((4, 16), 4, 2, 4)),  # 0.011
-        Row(64, 9, Plan((8, 16), 4, 3, 2, band=2, slots=2, units=2)),  # 0.016
-        Row(64, 21, Plan((4, 16), 8, 2, 2, band=4, slots=2, shared_by=2)),  # 0.049
+        Row(64, 5, Plan((4, 8), 2, 4, 4)),  # 0.011
+        Row(64, 9, Plan((8, 16), 4, 3, 2, band=2, slots=2, units=2)),  # 0.015
+        Row(64, 21, Plan((4, 16), 8, 2, 6, band=4, slots=2, shared_by=2)),  # 0.045
     ),
     ("similarity", "half", True): (
-        Row(64, 5, Plan((4, 32), 8, 4, 2, band=2, slots=2)),  # 0.017
-        Row(64, 9, Plan((8, 16), 4, 4, 1, band=2, slots=2, units=2)),  # 0.025
-        Row(64, 21, Plan((4, 16), 8, 2, 2, band=2, slots=3, shared_by=2)),  # 0.071
+        Row(64, 5, Plan((8, 16), 8, 2, 2, band=2, slots=2)),  # 0.017
+        Row(64, 9, Plan((8, 16), 4, 4, 1, band=2, slots=2, units=2)),  # 0.022
+        Row(64, 21, Plan((8, 16), 8, 1, 6, band=4, slots=3, units=2, shared_by=2)),  # 0.057
     ),
     ("similarity", "single", False): (
-        Row(64, 5, Plan((4, 8), 2, 4, 1, band=2, slots=2)),  # 0.023
-        Row(64, 9, Plan((4, 32), 4, 1, 2, band=2, slots=2, units=2)),  # 0.037
+        Row(64, 5, Plan((4, 16), 4, 3, 1, band=4, slots=2)),  # 0.023
+        Row(64, 9, Plan((8, 8), 4, 2, 3, band=4, slots=2)),  # 0.036
         Row(64, 21, Plan((4, 8), 4, 2, 2, band=4, slots=2, shared_by=2)),  # 0.134
     ),
     ("similarity", "single", True): (
@@ -299,18 +299,18 @@ _UNFUSED_64 = {
         Row(64, 21, Plan((4, 8), 4, 2, 2, band=2, slots=2, shared_by=2)),  # 0.155
     ),
     ("aggregate", "half", False): (
-        Row(64, 5, Plan((4, 8), 2, 2, 1)),  # 0.010
-        Row(64, 9, Plan((4, 16), 2, 2, 4, band=4, slots=2, units=2)),  # 0.015
-        Row(64, 21, Plan((4, 16), 4, 2, 4, band=4, slots=2)),  # 0.047
+        Row(64, 5, Plan((4, 8), 2, 6, 4)),  # 0.010
+        Row(64, 9, Plan((8, 16), 4, 4, 2, band=2, slots=2, units=2)),  # 0.016
+        Row(64, 21, Plan((4, 16), 4, 2, 6, band=4, slots=2)),  # 0.044
     ),
     ("aggregate", "half", True): (
-        Row(64, 5, Plan((4, 32), 4, 3, 1, band=2, slots=2, units=2)),  # 0.016
-        Row(64, 9, Plan((4, 32), 4, 1, 2, band=4, slots=2, units=2)),  # 0.024
-        Row(64, 21, Plan((4, 32), 4, 1, 4, band=4, slots=2, units=2)),  # 0.065
+        Row(64, 5, Plan((4, 32), 4, 4, 2, band=2, slots=2, units=2)),  # 0.015
+        Row(64, 9, Plan((8, 16), 4, 4, 2, band=2, slots=2, units=2)),  # 0.021
+        Row(64, 21, Plan((4, 32), 8, 1, 4, band=2, slots=2)),  # 0.059
     ),
     ("aggregate", "single", False): (
-        Row(64, 5, Plan((4, 8), 2, 8, 1, band=2, slots=2)),  # 0.018
-        Row(64, 9, Plan((4, 16), 4, 3, 1, band=4, slots=2)),  # 0.033
+        Row(64, 5, Plan((4, 8), 2, 6, 2, band=4, slots=2)),  # 0.021
+        Row(64, 9, Plan((4, 8), 2, 4, 3, band=4, slots=2)),  # 0.035
         Row(64, 21, Plan((4, 8), 2, 2, 2, band=4, slots=2)),  # 0.134
     ),
     ("aggregate", "single", True): (
@@ -319,18 +319,18 @@ _UNFUSED_64 = {
         Row(64, 21, Plan((4, 8), 2, 2, 2, band=2, slots=2)),  # 0.155
     ),
     ("aggregate_transpose", "half", False): (
-        Row(64, 5, Plan((4, 32), 4, 3, 1, units=2)),  # 0.012
-        Row(64, 9, Plan((4, 16), 4, 1, 2, band=2, slots=2)),  # 0.017
-        Row(64, 21, Plan((4, 32), 4, 1, 4, band=4, slots=2, units=2)),  # 0.044
+        Row(64, 5, Plan((8, 8), 2, 8, 2, units=2)),  # 0.012
+        Row(64, 9, Plan((4, 16), 2, 8, 1, band=2, slots=3, units=2)),  # 0.017
+        Row(64, 21, Plan((4, 32), 4, 1, 4, band=4, slots=2, units=2)),  # 0.045
     ),
     ("aggregate_transpose", "half", True): (
-        Row(64, 5, Plan((4, 32), 4, 4, 1, band=2, slots=3, units=2)),  # 0.018
+        Row(64, 5, Plan((4, 32), 4, 4, 1, band=2, slots=2, units=2)),  # 0.017
         Row(64, 9, Plan((4, 32), 4, 4, 1, band=2, slots=2, units=2)),  # 0.022
-        Row(64, 21, Plan((8, 16), 4, 1, 2, band=4, slots=2, units=2)),  # 0.063
+        Row(64, 21, Plan((4, 32), 8, 1, 1, band=1, slots=6)),  # 0.057
     ),
     ("aggregate_transpose", "single", False): (
-        Row(64, 5, Plan((8, 8), 4, 3, 2)),  # 0.022
-        Row(64, 9, Plan((8, 8), 4, 3, 2)),  # 0.037
+        Row(64, 5, Plan((8, 8), 4, 4, 1)),  # 0.022
+        Row(64, 9, Plan((8, 8), 4, 3, 2)),  # 0.034
         Row(64, 21, Plan((4, 32), 4, 1, 1, band=2, slots=2, units=2)),  # 0.120
     ),
     ("aggregate_transpose", "single", True): (

@@ -26,16 +26,16 @@ FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-share
 ALIGNMENT = 64
 SHARED = 227 * 1024
 RUN = """
-extern "C" void run(const Arguments* a, const int* grid, int late, int early) {
+extern "C" void run(const Arguments* a, const int* grid, int late) {
   BEFORE
   emulator::launch(grid, WARPS * 32, late, [=] { KERNEL(*a); });
 }
 """
-# A launch that begins early finds no delta before it waits.
+# A launch that may begin before delta is there finds none before it waits.
 BEFORE = """
   float* delta = const_cast<float*>(a->delta);
   const long long count = (long long)grid[2] * a->heads * a->height * a->width;
-  if (early) {
+  if (a->after_grad_query) {
     emulator::before = [delta, made = std::vector<float>(delta, delta + count)] {
       std::copy(made.begin(), made.end(), delta);
     };
@@ -50,12 +50,11 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, late: bool) -> None:
         self._run, self._late = library.run, late
 
-    def __call__(self, grid: tuple[int, int, int], arguments: bytes, early: bool) -> None:
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
         held = ctypes.create_string_buffer(len(arguments) + ALIGNMENT)
         start = -ctypes.addressof(held) % ALIGNMENT
         held[start : start + len(arguments)] = arguments
-        address = ctypes.c_void_p(ctypes.addressof(held) + start)
-        self._run(address, (ctypes.c_int * 3)(*grid), int(self._late), int(early))
+        self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late))
 
 
 @functools.cache

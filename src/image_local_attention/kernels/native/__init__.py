@@ -73,7 +73,7 @@ def grad_key_value(
 ) -> bool:
     """Fills the gradients of key and value, where both are wanted.
 
-    after_grad_query: the last launch was that of `grad_query` over the same maps, so that this may begin early.
+    after_grad_query: the last launch was that of `grad_query` over the same maps, so that only delta is waited for.
     """
     if grad_key is None or grad_value is None or not _contiguous(lse) or problem.rules.window.slots == 1:
         return False
@@ -81,7 +81,7 @@ def grad_key_value(
     launch = native("grad_key_value", problem, maps)
     if launch is None:
         return False
-    launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem), early=after_grad_query)
+    launch(maps, lse.data_ptr(), delta.data_ptr(), *_sizes_and_scales(query, problem), after_grad_query)
     return True
 
 

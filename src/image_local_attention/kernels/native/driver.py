@@ -50,16 +50,16 @@ class Kernel:
         self._function, self._block, self._shared = function, (threads, 1, 1), shared
         self._launch = driver().cuLaunchKernelEx
 
-    def __call__(self, grid: tuple[int, int, int], arguments: bytes, early: bool) -> None:
+    def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
         """Launches with `arguments`, the kernel's one argument, a struct.
 
-        early: before what was launched last has ended, if it lets that be. The kernel waits for it.
+        It may begin before what was launched last has ended, if that lets it, and waits for it itself.
         """
         bind_thread()
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), int(early))
+        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), 1)
         checked(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 

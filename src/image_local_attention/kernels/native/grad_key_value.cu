@@ -9,6 +9,7 @@ struct Arguments {
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
   u32 flip;             // of the kept maps' signs, where the scale is negative
+  u32 after_grad_query;  // whether that was launched last, over the same maps: all but delta is there
 };
 
 constexpr int HALO_PIXELS = BANDS * BAND_PIXELS;
@@ -36,13 +37,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   const Halos halos(start, barriers, a.query, a.grad_out, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
   const Kept key(tile, a.key, at, l), value(tile + Kept::ROOM, a.value, at, l);
   const Kept grad_key(tile, a.grad_key, at, l), grad_value(tile + Kept::ROOM, a.grad_value, at, l);
+  next_may_begin();
+  if (!a.after_grad_query) wait_for_launches();
   if (l.thread == 0) {
     const u32 barrier = halos.barrier(0, Halos::FIRST);
     halos.init();
     key.copy_in(barrier), value.copy_in(barrier);
     halos.fill_all();
   }
-  wait_for_launches();  // which make delta
+  if (a.after_grad_query) wait_for_launches();
   load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
   const QueryRows rows(l);

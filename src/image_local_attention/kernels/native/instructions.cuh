@@ -77,10 +77,10 @@ INLINE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: 
 
 INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Lets the stream's next launch begin, if that is one that may, once all blocks of this have come here.
+// Lets the stream's next launch begin, once all blocks of this have come here.
 INLINE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Waits until all that was launched before has ended, where this launch may begin earlier.
+// Waits until all that was launched before has ended: a launch may begin earlier.
 INLINE void wait_for_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 INLINE void load(u32 (&x)[1], u32 address) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[0]) : "r"(address)); }

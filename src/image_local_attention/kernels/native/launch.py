@@ -39,7 +39,7 @@ class Arguments(NamedTuple):
 ARGUMENTS = {
     "forward": Arguments((True, False, False, True), "<QiiifI"),
     "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
-    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffI"),
+    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffII"),
     "similarity": Arguments((True, False), "<Qiiif"),
     "aggregate": Arguments((False, True), "<Qiiif"),
     "aggregate_transpose": Arguments((False, True), "<Qiiif"),
@@ -179,14 +179,14 @@ class Native:
         self._described = tuple(kept if keeps else halo for keeps in arguments.kept)
         self._pack = struct.Struct(arguments.numbers).pack
 
-    def __call__(self, maps: tuple[Tensor, ...], *numbers: float, early: bool = False) -> None:
-        """maps, numbers: the kernel's arguments in their order. early: it may begin before the last launch ends."""
+    def __call__(self, maps: tuple[Tensor, ...], *numbers: float) -> None:
+        """maps, numbers: the kernel's arguments in their order."""
         described = [describe(x) for x, describe in zip(maps, self._described, strict=True)]
         batch, heads, h, w, _ = maps[0].shape
         th, tw = self._tile
         grid = heads // self._group * cdiv(w, tw), cdiv(h, th), batch
         with torch.cuda.device(self._device):
-            self._kernel(grid, b"".join((*described, self._pack(*numbers))), early)
+            self._kernel(grid, b"".join((*described, self._pack(*numbers))))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -243,6 +243,15 @@ def test_windows_that_slide_over_floats_are_served(anywhere):
     assert asked(heads=4, depth=16, dtype=torch.float32).group == 1
 
 
+def test_launches_begin_early_where_little_goes_through_the_l1_cache(anywhere):
+    floats = {"dtype": torch.float32}
+    assert asked().early
+    assert asked(kernel=(13, 13)).early
+    assert asked(**floats).early
+    assert not asked(kernel=(5, 9), **floats).early
+    assert not any(asked(task=task).early for task in plan.UNFUSED)
+
+
 @pytest.mark.parametrize("task", plan.UNFUSED)
 def test_unfused_operators_are_served_at_any_scale(anywhere, task):
     for layout, size in ("last", (9, 10)), ("contiguous", (9, 16)):

@@ -58,6 +58,7 @@ def test_plans_are_within_their_budgets(job, late):
 def test_units_of_a_warp_and_warps_of_a_unit(task, planes, dtype):
     layouts = ("contiguous" if planes else "channels_last",) * 4
     plans = [Plan((8, 16), 4, 1, 2, units=2), Plan((8, 16), 4, 1, 1, band=2, slots=3, units=2)]
+    plans += [Plan((8, 16), 8, 1, 3, band=2 if planes or task == "aggregate_transpose" else 4, slots=2)]
     if task == "similarity":
         plans += [Plan((4, 16), 8, 1, step, band=2, slots=2, shared_by=2) for step in (1, 2)]
         plans += [Plan((8, 16), 8, 1, 1, band=2, slots=3, units=2, shared_by=2)]

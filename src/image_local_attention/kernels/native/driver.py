@@ -39,27 +39,29 @@ _MAY_BEGIN_EARLY = _Attribute(id=_EARLY, value=1)
 
 
 class Kernel:
-    """A kernel of a cubin, on the current device. shared: bytes of shared memory that a block takes."""
+    """A kernel of a cubin, on the current device.
 
-    def __init__(self, cubin: bytes, name: str, threads: int, shared: int) -> None:
+    shared: bytes of shared memory that a block takes. early: launches may begin before the last one has ended, if that
+    lets them, and wait for it themselves.
+    """
+
+    def __init__(self, cubin: bytes, name: str, threads: int, shared: int, early: bool) -> None:
         bind_thread()
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         checked(driver().cuModuleLoadData(ctypes.byref(module), cubin))
         checked(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
         checked(driver().cuFuncSetAttribute(function, _SHARED_SIZE, shared))
         self._function, self._block, self._shared = function, (threads, 1, 1), shared
+        self._early = int(early)
         self._launch = driver().cuLaunchKernelEx
 
     def __call__(self, grid: tuple[int, int, int], arguments: bytes) -> None:
-        """Launches with `arguments`, the kernel's one argument, a struct.
-
-        It may begin before what was launched last has ended, if that lets it, and waits for it itself.
-        """
+        """Launches with `arguments`, the kernel's one argument, a struct."""
         bind_thread()
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), 1)
+        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), self._early)
         checked(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 

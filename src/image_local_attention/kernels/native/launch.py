@@ -148,6 +148,15 @@ class Compiled(NamedTuple):
         return "".join(map(text, self.files))
 
     @property
+    def early(self) -> bool:
+        """Whether launches may begin before the last one has ended.
+
+        That saves up to 2 us. But then the L1 cache has the size that the last kernel left it, on which unfused kernels
+        and those of floats depend, for they read maps and weights through it: windows past 7x7 lose more.
+        """
+        return self.task not in UNFUSED and (self.form.product == "half" or max(self.kernel) <= 7)
+
+    @property
     def shared(self) -> int:
         return shared(self.task, self.plan, self.group, self.depth, self.kernel, self.shape, self.form)
 
@@ -194,7 +203,7 @@ def _loaded(compiled: Compiled, device: torch.device) -> Kernel:
     arch = f"--gpu-architecture=sm_{gpus.of(device).arch}"
     cubin = nvrtc.compiled(compiled.source, (arch, *compiled.options))
     with torch.cuda.device(device):
-        return Kernel(cubin, compiled.task, 32 * compiled.plan.warps, compiled.shared)
+        return Kernel(cubin, compiled.task, 32 * compiled.plan.warps, compiled.shared, compiled.early)
 
 
 def native(task: str, problem: Problem, maps: tuple[Tensor, ...]) -> Native | None:

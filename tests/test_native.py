@@ -75,12 +75,12 @@ EVERY_ROW = pytest.mark.parametrize(("task", "form", "row"), table.rows(), ids=m
 @needs_nvrtc
 @EVERY_ROW
 def test_every_plan_compiles_and_keeps_its_registers(task, form, row, monkeypatch):
-    """A few words may be spilled where more blocks share a multiprocessor for it."""
+    """A few words may be spilled where more blocks share a multiprocessor for it. Newer GPUs: one of each kind."""
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
     compiled = compiled_for(task, form, row, (row.kernel, row.kernel))
     assert compiled.shared <= SHARED
-    for arch in (90, 100, 120):
-        source = compiled.source + agreement(compiled)
+    source = compiled.source + agreement(compiled)
+    for arch in (90, 100, 120) if (task, form, row) in kinds() else (90,):
         cubin = nvrtc._compile(source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
         assert cubin
         if arch == 90:  # where plans were measured

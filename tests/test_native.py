@@ -260,6 +260,8 @@ def test_unfused_operators_are_served_at_any_scale(anywhere, task):
                 served = asked(layout=layout, size=size, dtype=dtype, kernel=kernel, scale=scale, task=task)
                 assert (served.task, served.kernel, served.form.planes) == (task, kernel, layout != "last")
     assert asked(kernel=(23, 23), task=task) is None
+    wide = asked(size=(1, 2**17), depth=16, heads=1, kernel=(21, 21), task=task)
+    assert (wide is None) == (task == "aggregate_transpose")
     assert asked(raster=True, task=task) is None
     assert asked(border=("mask", "mask"), task=task) is None
     assert asked(bias=torch.zeros(2, 49), task=task) is None

@@ -24,6 +24,7 @@ from .table import choose
 _ARCH = 90  # the first with tensor copies
 _DTYPES = torch.float16, torch.bfloat16, torch.float32
 _SCALES = 2.0**-60, 2.0**60  # of logits: what is hidden stays far below what is seen
+_MOST_BYTES = 2**31 - 1  # of weights of the rows that a tile sees: lanes count them in 32 bits
 
 
 class Arguments(NamedTuple):
@@ -251,6 +252,8 @@ def _native(
     of_maps = form, heads, depth, batch * heads * h * w
     plan = forced or choose(task, *of_maps, kernel, _lead(task, kernel[1], lead[1]), _shared_limit(device))
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
+        return None
+    if task == "aggregate_transpose" and w * window.slots * element * (kernel[0] + plan.tile[0]) > _MOST_BYTES:
         return None
     group, halos = plan.group(heads, depth, form), ARGUMENTS[task].kept.count(False)
     sees = plan.tile[0] + kernel[0] - 1, kernel[1]

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import struct
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from conftest import CUDA
 from image_local_attention.kernels import gpu, native
 from image_local_attention.kernels import launch as launches
-from image_local_attention.kernels.native import launch, nvrtc, plan, table
+from image_local_attention.kernels.native import driver, launch, nvrtc, plan, table
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 from image_local_attention.window import Window
@@ -249,6 +250,7 @@ def test_launches_begin_early_where_little_goes_through_the_l1_cache(anywhere):
     assert asked(kernel=(13, 13)).early
     assert asked(**floats).early
     assert not asked(kernel=(5, 9), **floats).early
+    assert not asked(depth=64, layout="contiguous", size=(9, 12), precision="tf32", **floats).early
     assert not any(asked(task=task).early for task in plan.UNFUSED)
 
 
@@ -318,6 +320,18 @@ def test_nothing_is_served_while_kernels_are_to_be_portable(anywhere):
     with native.portable():
         assert asked() is None
     assert asked() is not None
+
+
+def test_a_thread_has_a_context_before_it_describes_maps(monkeypatch):
+    """Another may have loaded the kernel."""
+    calls = []
+    library = SimpleNamespace(cuTensorMapEncodeTiled=lambda *given: calls.append("encode") or 0)
+    monkeypatch.setattr(driver, "bind_thread", lambda: calls.append("bind"))
+    monkeypatch.setattr(driver, "driver", lambda: library)
+    driver._tensor_map.cache_clear()
+    assert len(driver.tensor_map("cxy", (16, 4, 4), 32, torch.zeros(1, 1, 4, 4, 16).half())) == 128
+    assert calls == ["bind", "encode"]
+    driver._tensor_map.cache_clear()
 
 
 def test_nothing_is_served_without_a_gpu():

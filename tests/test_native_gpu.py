@@ -267,10 +267,12 @@ def test_the_first_that_a_thread_does_on_a_gpu():
     maps = [torch.randn(1, 16, 9, 9, device="cuda", dtype=torch.float16) for _ in range(3)]
     maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     results = []
-    thread = threading.Thread(target=lambda: results.append(local_attention(*maps, 3)))
-    thread.start()
-    thread.join()
-    assert torch.equal(results[0], local_attention(*maps, 3))
+    for given in maps, [x.clone() for x in maps]:  # the second: of a kernel that another thread has loaded
+        thread = threading.Thread(target=lambda maps=given: results.append(local_attention(*maps, 3)))
+        thread.start()
+        thread.join()
+    assert all(torch.equal(x, local_attention(*maps, 3)) for x in results)
+    assert len(results) == 2
 
 
 @pytest.mark.gpu

@@ -93,6 +93,7 @@ def _tensor_map(
     box: tuple[int, int, int],
     pattern: int,
 ) -> bytes:
+    bind_thread()  # a thread may describe maps first, for a kernel that another has loaded
     batch, heads, h, w, depth = shape
     of_axes = {"c": (heads * depth, strides[4]), "x": (w, strides[3]), "y": (h, strides[2])}
     sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, strides[0]), strict=True)

@@ -153,9 +153,10 @@ class Compiled(NamedTuple):
         """Whether launches may begin before the last one has ended.
 
         That saves up to 2 us. But then the L1 cache has the size that the last kernel left it, on which unfused kernels
-        and those of floats depend, for they read maps and weights through it: windows past 7x7 lose more.
+        and those of floats depend, for they read maps and weights through it: windows past 7x7 lose more, and TF32.
         """
-        return self.task not in UNFUSED and (self.form.product == "half" or max(self.kernel) <= 7)
+        short = self.form.product == "three-pass" and max(self.kernel) <= 7
+        return self.task not in UNFUSED and (self.form.product == "half" or short)
 
     @property
     def shared(self) -> int:

@@ -89,6 +89,7 @@ inline ucontext_t scheduler;
 inline int current = 0, alive = 0;
 inline u64 turns = 0;  // in which nobody got any further
 inline bool late = false;
+inline bool waited = false;
 inline std::function<void()> before;  // what was launched before and has not ended
 
 inline void yield() {
@@ -328,10 +329,14 @@ inline void copy_row_out(void* to, u32 from, u32 bytes) {
   memcpy(to, raw + from, bytes);
 }
 
-inline void next_may_begin() {}
+// What begins then may skip what this waits for: the next launch may be one that waits for this one's results alone.
+inline void next_may_begin() {
+  if (!emulator::waited) fprintf(stderr, "the next begins before the last has ended\n"), std::abort();
+}
 
 // The first to wait ends what was launched before.
 inline void wait_for_launches() {
+  emulator::waited = true;
   if (emulator::before) std::exchange(emulator::before, nullptr)();
 }
 
@@ -439,7 +444,7 @@ inline int random(int end) {
 
 // Runs a kernel: `run` is what every thread does.
 inline void launch(const int* grid, int count, bool copies_late, std::function<void()> run) {
-  body = run, late = copies_late;
+  body = run, late = copies_late, waited = false;
   threads.clear();
   threads.resize(count);
   for (Thread& thread : threads) thread.stack.resize(STACK);

@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
   const Halos halos(start, barriers, a.value, at, LEAD_Y, LEAD_X);
   const Kept out(tile, a.out, at, l);
   const WeightTile weights(raw, barriers + Halos::BARRIERS - start, at);
-  next_may_begin();
   wait_for_launches();
+  next_may_begin();
   if (l.thread == 0) {
     halos.init();
     weights.copy_in(a.weights, halos.barrier(0, Halos::FIRST));

@@ -33,8 +33,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
   const Lane l;
   const Halos halos(start, barriers, a.vector, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
   const Kept out(tile, a.out, at, l);
-  next_may_begin();
   wait_for_launches();
+  next_may_begin();
   if (l.thread == 0) {
     halos.init();
     halos.fill_all();

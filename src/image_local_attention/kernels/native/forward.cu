@@ -61,8 +61,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
   const Lane l;
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l), out(tile, a.out, at, l);
-  next_may_begin();
   wait_for_launches();
+  next_may_begin();
   if (l.thread == 0) {
     halos.init();
     query.copy_in(halos.barrier(0, Halos::FIRST));

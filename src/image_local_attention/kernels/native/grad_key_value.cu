@@ -37,7 +37,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   const Halos halos(start, barriers, a.query, a.grad_out, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
   const Kept key(tile, a.key, at, l), value(tile + Kept::ROOM, a.value, at, l);
   const Kept grad_key(tile, a.grad_key, at, l), grad_value(tile + Kept::ROOM, a.grad_value, at, l);
-  next_may_begin();
   if (!a.after_grad_query) wait_for_launches();
   if (l.thread == 0) {
     const u32 barrier = halos.barrier(0, Halos::FIRST);
@@ -46,6 +45,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
     halos.fill_all();
   }
   if (a.after_grad_query) wait_for_launches();
+  next_may_begin();
   load_queries(queries, a, at, l.thread, halos);
   const Visibility visibility(l);
   const QueryRows rows(l);

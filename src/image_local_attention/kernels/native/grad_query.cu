@@ -26,8 +26,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l), grad_out(tile + Kept::ROOM, a.grad_out, at, l);
   const Kept out(tile + 2 * Kept::ROOM, a.out, at, l), grad_query(tile, a.grad_query, at, l);
-  next_may_begin();
   wait_for_launches();
+  next_may_begin();
   if (l.thread == 0) {
     const u32 barrier = halos.barrier(0, Halos::FIRST);
     halos.init();

@@ -77,7 +77,8 @@ INLINE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: 
 
 INLINE void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Lets the stream's next launch begin, once all blocks of this have come here.
+// Lets the stream's next launch begin, once all blocks of this have come here: after they have waited themselves, for that
+// may count on what was launched before this.
 INLINE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Waits until all that was launched before has ended: a launch may begin earlier.

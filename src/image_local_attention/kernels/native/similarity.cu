@@ -16,8 +16,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) similarity(co
   const Halos halos(start, barriers, a.key, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l);
   const WeightTile weights(raw, barriers + Halos::BARRIERS - start, at);
-  next_may_begin();
   wait_for_launches();
+  next_may_begin();
   if (l.thread == 0) {
     halos.init();
     query.copy_in(halos.barrier(0, Halos::FIRST));

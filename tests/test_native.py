@@ -124,9 +124,7 @@ def agreement(compiled: launch.Compiled) -> str:
         "similarity": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
         "aggregate": "GROUP * TILE_H * WeightTile::ROW * ELEMENT",
     }.get(compiled.task, "0")
-    last = {"grad_key_value": "after_grad_query"}.get(
-        compiled.task, "scale" if compiled.task in plan.UNFUSED else "flip"
-    )
+    last = {"forward": "flip", "grad_query": "flip", "grad_key_value": "after_grad_query"}.get(compiled.task, "scale")
     arguments = launch.ARGUMENTS[compiled.task]
     maps = "+".join(f"sizeof({'KeptMap' if kept else 'TensorMap'})" for kept in arguments.kept)
     facts = (

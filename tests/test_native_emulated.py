@@ -62,9 +62,11 @@ def test_units_of_a_warp_and_warps_of_a_unit(task, planes, dtype):
     if task == "similarity":
         plans += [Plan((4, 16), 8, 1, step, band=2, slots=2, shared_by=2) for step in (1, 2)]
         plans += [Plan((8, 16), 8, 1, 1, band=2, slots=3, units=2, shared_by=2)]
-    for plan in plans:
+    of_plans = [(plan, (9, 6)) for plan in plans]
+    of_plans += [(Plan((8, 16), 8, 1, 3), (5, 9))]  # pairs of blocks repeat within the halo, rows below
+    for plan, kernel in of_plans:
         with native.using(task, plan), emulated(late=True) as ran:
-            check(operator_of(task), problem(1, 32, (11, 24), (9, 6), layouts=layouts), TRITON, dtype)
+            check(operator_of(task), problem(1, 32, (11, 24), kernel, layouts=layouts), TRITON, dtype)
         assert task in ran
 
 

@@ -167,7 +167,10 @@ def box(pixels: tuple[int, int], channels: int, form: Form) -> tuple[int, ...]:
 
 
 def suits(task: str, plan: Plan, group: int, form: Form) -> bool:
-    """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band."""
+    """Whether warps share a block evenly, and, where bands pass, take one head of subtiles that begin with a band.
+
+    Only where they pass may warps take turns at them.
+    """
     (th, tw), (sub_h, sub_w) = plan.tile, _subtile(task, plan, form)
     subtiles = th // sub_h * (tw // sub_w) * plan.shared_by
     if plan.shared_by > 1 and not plan.band:

@@ -28,7 +28,7 @@ from image_local_attention.bench.rows import environment
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import gpu as gpus
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import launch, nvrtc
+from image_local_attention.kernels.native import launch, nvrtc, walk
 from image_local_attention.kernels.native.plan import UNFUSED, Form, Plan, shape, shared, suits
 
 DEVICE = torch.device("cuda")
@@ -38,6 +38,7 @@ TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # of planes of halves, whose halos have unseen columns, and of two units
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
+WALK_SLOTS = 4, 5, 6  # of blocks that walk
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 MOST_COPIED = 256  # rows or columns of a copy
@@ -63,13 +64,18 @@ class Problem:
     def kernel(self) -> tuple[int, int]:
         return self.case.kernel, self.case.kernel
 
-    def compiled(self, plan: Plan) -> launch.Compiled:
+    def compiled(self, plan: Plan | walk.WalkPlan) -> launch.Compiled | walk.Walk:
         case, lead = self.case, (self.case.kernel // 2, self.case.kernel // 2)
+        if isinstance(plan, walk.WalkPlan):
+            multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+            return walk.Walk(self.task, plan, DTYPES[case.dtype], self.kernel, lead, multiprocessors)
         group = plan.group(case.heads, case.depth, self.form)
         return launch.Compiled(self.task, plan, self.form, DTYPES[case.dtype], case.depth, group, self.kernel, lead)
 
-    def candidates(self) -> Iterator[Plan]:
+    def candidates(self) -> Iterator[Plan | walk.WalkPlan]:
         """Plans that fit into shared memory and whose blocks would share a multiprocessor."""
+        if walk.serves(self.task, self.form, self.case.depth, self.kernel, gpus.of(DEVICE).arch):
+            yield from map(walk.WalkPlan, WALK_SLOTS)
         case, single = self.case, self.form.element == 4
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows
         if single:  # by how many registers sums of so many channels take
@@ -114,10 +120,10 @@ def limit() -> int:
     return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 
 
-def compile_plan(compiled: launch.Compiled) -> int | str:
+def compile_plan(compiled: launch.Compiled | walk.Walk) -> int | str:
     """Bytes of a thread's stack, or what went wrong; the machine code is kept on disk."""
     try:
-        arch = f"--gpu-architecture=sm_{gpus.of(DEVICE).arch}"
+        arch = f"--gpu-architecture=sm_{gpus.of(DEVICE).arch}{compiled.features}"
         cubin = nvrtc.compiled(compiled.source, (arch, *compiled.options))
     except nvrtc.CompileError as error:
         return str(error)
@@ -174,18 +180,19 @@ def far(results: tuple, wanted: tuple) -> float:
     return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(results, wanted, strict=True))
 
 
-def time_plans(problem: Problem, plans: list[Plan], run: Callable, budget_s: float) -> list[dict]:
+def time_plans(problem: Problem, plans: list[Plan | walk.WalkPlan], run: Callable, budget_s: float) -> list[dict]:
     with native.portable():
         wanted = run()
         portable = measure(run, DEVICE, budget_s=4 * budget_s).ms_p50
-    rows = [{"plan": "portable", "ms": portable}]
+    rows = [{"plan": "portable", "name": "portable", "ms": portable}]
     for plan in plans:
+        named = {"plan": asdict(plan), "name": str(plan)}
         with native.using(problem.task, plan):
             try:
                 off = far(run(), wanted)
-                rows.append({"plan": asdict(plan), "ms": measure(run, DEVICE, budget_s=budget_s).ms_p50, "off": off})
+                rows.append(named | {"ms": measure(run, DEVICE, budget_s=budget_s).ms_p50, "off": off})
             except RuntimeError as error:
-                rows.append({"plan": asdict(plan), "ms": float("inf"), "error": str(error)})
+                rows.append(named | {"ms": float("inf"), "error": str(error)})
     return sorted(rows, key=lambda row: row["ms"])
 
 
@@ -209,7 +216,12 @@ def main(
         for each in task or TASKS
         if any(text in case.name for text in only)
     ]
-    jobs = [(problem, plan) for problem in problems for plan in problem.candidates() if units in (0, plan.units)]
+    jobs = [
+        (problem, plan)
+        for problem in problems
+        for plan in problem.candidates()
+        if units in (0, getattr(plan, "units", 0))
+    ]
     with ThreadPoolExecutor(processes) as pool:
         stacks = dict(zip(jobs, pool.map(lambda job: compile_plan(job[0].compiled(job[1])), jobs), strict=True))
     console.print(f"compiled {len(jobs)} plans: {time.perf_counter() - began:.0f} s", style="dim")
@@ -223,8 +235,7 @@ def main(
             timed = time_plans(problem, fitting, run_of(problem), budget)
         table = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
         for row in [*timed[:show], *(row for row in timed[show:] if row["plan"] == "portable")]:
-            named = row["plan"] if isinstance(row["plan"], str) else str(Plan(**row["plan"]))
-            table.add_row(named, f"{row['ms']:.4g}", row.get("error", f"{row.get('off', 0):.1e}"))
+            table.add_row(row["name"], f"{row['ms']:.4g}", row.get("error", f"{row.get('off', 0):.1e}"))
         console.print(table)
         rows += [{"case": problem.case.name, "task": problem.task} | row | where for row in timed]
         if out:

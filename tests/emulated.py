@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from image_local_attention.kernels.gpu import Gpu
-from image_local_attention.kernels.native import launch
+from image_local_attention.kernels.native import driver, launch
+from image_local_attention.kernels.native.compiled import Compiled
+from image_local_attention.kernels.native.walk import Walk
 
 COMPILER = shutil.which("g++")
-HEADER = Path(__file__).parent / "emulator.h"
+HEADER, HOPPER = (Path(__file__).parent / name for name in ("emulator.h", "emulator_hopper.h"))
 BUILT = Path(__file__).parents[1] / "build" / "emulated"
 FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"
 ALIGNMENT = 64
 SHARED = 227 * 1024
+MULTIPROCESSORS = 2  # so that blocks walk
 RUN = """
 extern "C" void run(const Arguments* a, const int* grid, int late) {
   BEFORE
-  emulator::launch(grid, WARPS * 32, late, [=] { KERNEL(*a); });
+  emulator::launch(grid, THREADS, late, [=] { KERNEL(*a); });
 }
 """
 # A launch that may begin before delta is there finds none before it waits.
@@ -58,11 +61,12 @@ class Kernel:
 
 
 @functools.cache
-def library(compiled: launch.Compiled) -> ctypes.CDLL:
+def library(compiled: Compiled | Walk) -> ctypes.CDLL:
     macros = [option.replace("--define-macro=", "-D") for option in compiled.options if "define" in option]
     before = BEFORE if compiled.task == "grad_key_value" else ""
-    run = RUN.replace("KERNEL", compiled.task).replace("BEFORE", before)
-    source = "".join((HEADER.read_text(), *map(launch.text, compiled.files[1:]), run))
+    run = RUN.replace("KERNEL", compiled.name).replace("BEFORE", before).replace("THREADS", str(compiled.threads))
+    headers = (HEADER, HOPPER) if compiled.features else (HEADER,)
+    source = "".join((*(header.read_text() for header in headers), compiled.program, run))
     key = hashlib.sha256(repr((source, macros, FLAGS)).encode()).hexdigest()
     BUILT.mkdir(parents=True, exist_ok=True)
     path = BUILT / f"{key[:32]}.so"
@@ -88,19 +92,20 @@ def emulated(late: bool) -> Iterator[list[str]]:
     """Within, native kernels run on a CPU; gives the tasks that do."""
     tasks = []
 
-    def loaded(compiled: launch.Compiled, device: object) -> Kernel:
+    def loaded(compiled: Compiled | Walk, device: object) -> Kernel:
         tasks.append(compiled.task)
         return Kernel(library(compiled), late)
 
     stand_ins = {
         "_loaded": loaded,
-        "tensor_map": tensor_map,
         "_available": lambda device: True,
         "_shared_limit": lambda device: SHARED,
+        "_multiprocessors": lambda device: MULTIPROCESSORS,
         "gpus": SimpleNamespace(of=lambda device: Gpu(90, True)),
     }
     launch._native.cache_clear()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(driver, "tensor_map", tensor_map))
         stack.enter_context(patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()))
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch.object(launch, name, stand_in))

@@ -257,6 +257,14 @@ T __shfl_xor_sync(u32, T x, int mask) {
   });
 }
 
+template <typename T>
+T __shfl_sync(u32, T x, int from) {
+  return emulator::in_warp(x, [from](T* lanes) {
+    const T one = lanes[from];
+    for (int i = 0; i < emulator::LANES; i++) lanes[i] = one;
+  });
+}
+
 inline bool __any_sync(u32, bool x) {
   return emulator::in_warp(int(x), [](int* lanes) {
     int any = 0;

@@ -1,6 +1,7 @@
 """Launches plans of the native kernels on a GPU, for compute-sanitizer: make gpu-memcheck and make gpu-racecheck.
 
-Every plan of the table, or, with "kinds" among the arguments, one of each kind; with tasks among them, those of these.
+Every plan of the table and blocks that walk, or, with "kinds" among the arguments, one of each kind; with tasks among
+them, those of these.
 Maps are of several tiles each way and a remainder.
 """
 
@@ -12,14 +13,18 @@ from image_local_attention import local_aggregate, local_attention, local_simila
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
+from image_local_attention.kernels.native.walk import WalkPlan
 from test_native import heads_for, kinds, noting
 
 SIZE = 11, 24
+WALKS = [
+    ("grad_key_value", plan.Form("half", False), table.Row(64, k, WalkPlan(slots))) for k, slots in ((21, 6), (13, 5))
+]
 
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:
     """Forward and backward of the operators that the task is part of, whose other tasks take the table's plans."""
-    heads = heads_for(task, form, row)
+    heads = 1 if isinstance(row.plan, WalkPlan) else heads_for(task, form, row)
     dtype = torch.bfloat16 if form.product == "half" else torch.float32
     layout = torch.contiguous_format if form.planes else torch.channels_last
     shape = 1, heads * row.depth, *SIZE
@@ -41,7 +46,7 @@ def main() -> None:
     asked = set(sys.argv[1:])
     jobs = kinds() if "kinds" in asked else table.rows()
     tasks = asked - {"kinds"} or {task for task, _, _ in jobs}
-    jobs = [job for job in jobs if job[0] in tasks]
+    jobs = [job for job in (*WALKS, *jobs) if job[0] in tasks]
     if not jobs:
         raise SystemExit(f"no plan of {sorted(tasks)}")
     served: list[str] = []

@@ -13,6 +13,7 @@ from conftest import CUDA
 from image_local_attention.kernels import gpu, native
 from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels.native import driver, launch, nvrtc, plan, table
+from image_local_attention.kernels.native.walk import Walk, WalkPlan
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 from image_local_attention.window import Window
@@ -82,7 +83,7 @@ def test_every_plan_compiles_and_keeps_its_registers(task, form, row, monkeypatc
     assert compiled.shared <= SHARED
     source = compiled.source + agreement(compiled)
     for arch in (90, 100, 120) if (task, form, row) in kinds() else (90,):
-        cubin = nvrtc._compile(source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
+        cubin, _ = nvrtc.build(source, (f"--gpu-architecture=sm_{arch}", *compiled.options))
         assert cubin
         if arch == 90:  # where plans were measured
             assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= 64
@@ -113,7 +114,7 @@ def test_windows_of_any_sides_compile(monkeypatch):
             row = next(row for row in rows if max(kernel) <= row.kernel)
             compiled = compiled_for(task, form, row, kernel)
             source = compiled.source + agreement(compiled)
-            assert nvrtc._compile(source, ("--gpu-architecture=sm_90", *compiled.options))
+            assert nvrtc.build(source, ("--gpu-architecture=sm_90", *compiled.options))
 
 
 def agreement(compiled: launch.Compiled) -> str:
@@ -175,6 +176,7 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(launch, "_available", lambda device: True)
     monkeypatch.setattr(launch.gpus, "of", lambda device: gpu.Gpu(90, True))
     monkeypatch.setattr(launch, "_shared_limit", lambda device: SHARED)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch, "Native", lambda compiled, device: compiled)
     launch._native.cache_clear()
     yield
@@ -250,6 +252,35 @@ def test_launches_begin_early_where_little_goes_through_the_l1_cache(anywhere):
     assert not asked(kernel=(5, 9), **floats).early
     assert not asked(depth=64, layout="contiguous", size=(9, 12), precision="tf32", **floats).early
     assert not any(asked(task=task).early for task in plan.UNFUSED)
+
+
+def walking(kernel=(21, 21), **more):
+    return asked(**{"heads": 1, "depth": 64, "kernel": kernel, "task": "grad_key_value"} | more)
+
+
+def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(anywhere, monkeypatch):
+    assert walking() == Walk("grad_key_value", WalkPlan(), torch.bfloat16, (21, 21), (10, 10), 132)
+    assert walking(heads=3, dtype=torch.float16, causal=(True, False)).lead == (20, 10)
+    assert walking((11, 12)) is not None
+    others = (
+        {"kernel": (10, 21)},
+        {"layout": "contiguous", "size": (9, 16), "kernel": (13, 13)},
+        {"dtype": torch.float32},
+        {"depth": 16},
+        {"task": "grad_query"},
+    )
+    for other in others:
+        assert isinstance(walking(**other), launch.Compiled)
+    monkeypatch.setattr(launch.gpus, "of", lambda device: gpu.Gpu(100, True))
+    launch._native.cache_clear()
+    assert isinstance(walking(), launch.Compiled)
+
+
+def test_blocks_walk_wherever_they_are_asked_to_and_can(anywhere):
+    with native.using("grad_key_value", WalkPlan(5)):
+        assert walking((3, 5)).plan == WalkPlan(5)
+        assert walking(dtype=torch.float32) is None
+        assert walking((9, 23)) is None
 
 
 @pytest.mark.parametrize("task", plan.UNFUSED)

@@ -10,6 +10,7 @@ from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import launch
 from image_local_attention.kernels.native.plan import Plan
+from image_local_attention.kernels.native.walk import WalkPlan
 from problems import for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
 from test_native import heads_for, kinds, row_name
@@ -18,6 +19,7 @@ from test_native_gpu import (
     FUSED,
     OPERATORS,
     UNFUSED,
+    WALKED,
     check_infinite_weights_outside,
     check_tf32,
     operator_of,
@@ -68,6 +70,16 @@ def test_units_of_a_warp_and_warps_of_a_unit(task, planes, dtype):
         with native.using(task, plan), emulated(late=True) as ran:
             check(operator_of(task), problem(1, 32, (11, 24), kernel, layouts=layouts), TRITON, dtype)
         assert task in ran
+
+
+@pytest.mark.parametrize(("kernel", "late"), [(kernel, i % 2 == 0) for i, kernel in enumerate(WALKED)])
+def test_blocks_that_walk_are_within_their_budgets(kernel, late):
+    """On maps of several tiles to a block and a remainder, and of fewer tiles than groups."""
+    for slots, size, heads in (6, (35, 9), 1), (5, (5, 3), 2):
+        each = problem(heads, 64, size, kernel, causal=(late, False), scale=-0.1 if late else None)
+        with native.using("grad_key_value", WalkPlan(slots)), emulated(late) as ran:
+            check(ATTENTION, each, TRITON, torch.bfloat16)
+        assert "grad_key_value" in ran
 
 
 # What is left to Triton runs under its interpreter, which has no bf16.

@@ -1,6 +1,7 @@
 """The native kernels on a GPU: every plan and random problems, each within its budget."""
 
 import functools
+import itertools
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from image_local_attention import local_aggregate, local_attention, local_simila
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
+from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
 from test_native import EVERY_ROW, heads_for, noting, row_name
@@ -21,6 +23,8 @@ from test_native import EVERY_ROW, heads_for, noting, row_name
 FP32 = torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
+
+WALKED = (21, 21), (11, 13), (4, 17), (21, 1), (2, 21), (9, 6)  # by blocks that walk, of every width of halos
 
 TRITON = Target("triton", "cuda")
 FUSED = {"forward", "grad_query", "grad_key_value"}
@@ -302,3 +306,26 @@ def test_maps_past_two_to_the_31_elements(dtype):
         cut = local_attention(*(x[:, :, -40:].contiguous(memory_format=torch.channels_last) for x in maps), 5)
     tolerance = 1e-5 if dtype == FP32 else 2e-2
     torch.testing.assert_close(out, cut[:, :, -20:], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("kernel", [*WALKED, (25, 12)], ids=lambda kernel: f"{kernel[0]}x{kernel[1]}")
+@pytest.mark.usefixtures("poison")
+def test_blocks_that_walk_are_within_their_budgets(kernel, served):
+    sizes = ((43, 13), (150, 70), (5, 3))
+    with native.using("grad_key_value", WalkPlan()):
+        for size, dtype in itertools.product(sizes, (torch.bfloat16, torch.float16)):
+            check(ATTENTION, problem(2, 64, size, kernel, batch=2), TRITON, dtype)
+    assert "grad_key_value" in served
+
+
+@pytest.mark.gpu
+@pytest.mark.hunt
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("poison")
+def test_random_problems_of_blocks_that_walk(dtype):
+    walked = served_problems(dtype).filter(lambda each: each.key_depth == 64 and each.layouts[0] == "channels_last")
+    with native.using("grad_key_value", WalkPlan()):
+        for_each(walked, 20, f"walk {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))

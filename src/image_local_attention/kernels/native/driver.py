@@ -35,7 +35,7 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
     )
 
 
-_MAY_BEGIN_EARLY = _Attribute(id=_EARLY, value=1)
+_MAY_BEGIN_EARLY = ctypes.pointer(_Attribute(id=_EARLY, value=1))
 
 
 class Kernel:
@@ -61,7 +61,7 @@ class Kernel:
         held = ctypes.create_string_buffer(arguments, cdiv(len(arguments), _MAP_ALIGNMENT) * _MAP_ALIGNMENT)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(grid, self._block, self._shared, stream, ctypes.pointer(_MAY_BEGIN_EARLY), self._early)
+        config = _Config(grid, self._block, self._shared, stream, _MAY_BEGIN_EARLY, self._early)
         checked(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 

@@ -14,8 +14,6 @@
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 constexpr int UNITS = SUB_H * SUB_W / 16, UNITS_X = SUB_W / UNIT_W;
 constexpr int NEXT_ROWS = 8 / UNIT_W;  // from the pixel of a fragment's row to that of 8 rows later
 constexpr int SUBTILES_X = TILE_W / SUB_W, SUBTILES = TILE_H / SUB_H * SUBTILES_X;
@@ -49,8 +47,6 @@ static_assert(!WHOLE || SHARED_BY == 1, "warps take turns at bands");
 static_assert(WHOLE || (WARP_HEADS == 1 && SUB_H % BAND_H == 0), "bands pass once, and subtiles begin with one");
 static_assert(PLANES ? GROUP == 1 : PARTS == 1 || (GROUP == 1 && PART_BYTES == 128),
               "what is swizzled together is a whole pattern, or a whole part of one");
-
-[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // number / SEEN_W, by a multiplication.
 constexpr INLINE int seen_row(int number) { return number * (65536 / SEEN_W + 1) >> 16; }
@@ -133,9 +129,6 @@ struct Rows {
     low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
   }
 };
-
-// A value that compilers hold in a register where they would work it out anew, time and again.
-INLINE u32 held(u32 x) { return __shfl_xor_sync(~0u, x, 0); }
 
 // The sum, and the maximum, over the four lanes that share a row.
 INLINE float sum_of_row(float x) {

@@ -56,7 +56,7 @@ def compiled(source: str, options: tuple[str, ...]) -> bytes:
             binary = path.read_bytes()
             if binary.startswith(_MAGIC):
                 return binary
-    binary = _compile(source, options)
+    binary, _ = build(source, options)
     if path is not None:
         with contextlib.suppress(OSError):
             cache.write(path, binary)
@@ -78,15 +78,17 @@ def _version() -> str:
     return f"{major.value}.{minor.value}"
 
 
-def _compile(source: str, options: tuple[str, ...]) -> bytes:
+def build(source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+    """Machine code of `source`, and what the compiler says of it."""
     nvrtc, program = library(), ctypes.c_void_p()
     _checked(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"attention.cu", 0, None, None))
     try:
         given = [option.encode() for option in options]
-        if nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given)):
-            log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-            raise CompileError(f"NVRTC {_version()} does not compile with {options}:\n{log.decode()}")
-        return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        failed = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+        log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode()
+        if failed:
+            raise CompileError(f"NVRTC {_version()} does not compile with {options}:\n{log}")
+        return _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -1,0 +1,8 @@
+// What all kernels share.
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// A value that compilers hold in a register where they would work it out anew, time and again.
+INLINE u32 held(u32 x) { return __shfl_xor_sync(~0u, x, 0); }

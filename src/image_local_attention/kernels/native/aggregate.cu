@@ -33,9 +33,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) aggregate(con
   for (int head = l.first_head; head < l.first_head + WARP_HEADS; head++) {
     float sum[UNITS][SUMS][4];
     zero(sum);
+    Meeting ahead = meeting_of(0, 0, l);  // weights wait for it, and it for memory: asked for a step before
     halos.for_each_band(l, Halos::FIRST, [&](int band, int seen_band) {
       const Number* first = weights.query(head, l) + seen_band * SEEN_ROWS * KERNEL_W;
-      const auto meeting_at = [&](int step) { return in_map.meeting_of(seen_band, step); };
+      const auto meeting_at = [&](int step) {
+        const Meeting meeting = in_map.there(ahead, seen_band, step);
+        ahead = meeting_of(seen_band, step + 1, l);
+        return meeting;
+      };
       for_each_pair(meeting_at, [&](int pair, const Meeting& meeting, int number) {
         Number p[UNITS][2][4];
         places.for_each(first, pair, number, [&](int unit, int block, int i, const Number* weight) {

@@ -67,7 +67,10 @@ struct InMap {
 
   // Of the pairs of a step, without those whose seen pixel lies outside.
   INLINE Meeting meeting_of(int seen_band, int step) const {
-    Meeting meeting = ::meeting_of(seen_band, step, l);
+    return there(::meeting_of(seen_band, step, l), seen_band, step);
+  }
+
+  INLINE Meeting there(Meeting meeting, int seen_band, int step) const {
     if (whole) return meeting;
 #pragma unroll
     for (int number = 0; number < AT_ONCE; number++) {

@@ -78,9 +78,8 @@ struct Thread {
 };
 
 struct Barrier {  // in shared memory
-  int8_t arrivals, pending;
-  int16_t phase;  // how many are over
-  int bytes;      // that are still to come
+  int arrivals : 10, pending : 10, phase : 12;  // phase: how many are over
+  int bytes;                                    // that are still to come
 };
 static_assert(sizeof(Barrier) == 8, "");
 
@@ -276,7 +275,7 @@ inline bool __any_sync(u32, bool x) {
 inline u32 shared_address(const void* p) { return static_cast<const unsigned char*>(p) - raw; }
 
 inline void barrier_init(u32 barrier, int arrivals) {
-  emulator::barrier_at(barrier) = {int8_t(arrivals), int8_t(arrivals), 0, 0};
+  emulator::barrier_at(barrier) = {arrivals, arrivals, 0, 0};
 }
 
 inline void barriers_ready() {}

@@ -47,7 +47,7 @@ struct Place {
   }
 };
 
-// One use of a place in shared memory, which some fill and some read: the place's number, and how often it was used before.
+// A use of a place in shared memory, which some fill and others read: its number, and how often it was used before.
 struct Use {
   int slot, turn;
 
@@ -84,11 +84,8 @@ struct Barriers {
 
   INLINE void wait(const Use& use) const { barrier_wait(full(use), use.turn); }
 
-  // By a warp.
-  INLINE void release(const Use& use, const Lane& l) const {
-    __syncwarp();
-    if (l.lane == 0) barrier_arrive(read(use));
-  }
+  // By every thread that reads.
+  INLINE void release(const Use& use) const { barrier_arrive(read(use)); }
 };
 
 // Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of two rows of a band. Where

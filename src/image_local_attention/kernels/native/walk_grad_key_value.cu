@@ -11,7 +11,9 @@ struct Arguments {
   u32 after_grad_query;  // whether that was launched last, over the same maps: all but delta is there
 };
 
-constexpr int GROUPS = 2, READERS = 4 * GROUPS;  // readers: warps
+constexpr int GROUPS = 2;
+// Of a band: two warps write numbers, and one thread has maps copied.
+constexpr int FILLERS = 2 * 32 + 1, READERS = GROUPS * GROUP_THREADS;
 constexpr int NUMBERS_BYTES = BAND_PIXELS * 4;  // a float of each query
 constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(2 * NUMBERS_BYTES, 1024) * 1024, KEPT_ROOM = 2 * TILE_BYTES;
 constexpr int ROOM = SLOTS * BAND_ROOM + GROUPS * KEPT_ROOM + (SLOTS + GROUPS) * Barriers::BYTES;
@@ -89,8 +91,7 @@ struct Block {
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (l.lane < HALO_W) to[i * HALO_W] = lse[i], to[BAND_PIXELS + i * HALO_W] = delta[i];
-      __syncwarp();
-      if (l.lane == 0) barrier_arrive(bands.full(use));
+      barrier_arrive(bands.full(use));
     }
   }
 
@@ -187,7 +188,7 @@ INLINE void walk(const Block& block) {
     for (int band = from; band < to; band++) {
       const Use use(band, SLOTS);
       bands.wait(use);
-      bands.release(use, l);
+      bands.release(use);
     }
   };
   const Seen seen(l);
@@ -211,11 +212,11 @@ INLINE void walk(const Block& block) {
       end_products();
       wait_for_products<1>();
       written(s), written(grad_key);
-      if (number > 0 && first + number - 1 < next) bands.release(before, l);
+      if (number > 0 && first + number - 1 < next) bands.release(before);
       make_weights(s, block.lse(band), y, factor, l);
       wait_for_products<0>();
       written(d);
-      if (number == TILE_BANDS - 1) kept.release(of_tile, l);
+      if (number == TILE_BANDS - 1) kept.release(of_tile);
       pack_seen(p, s, y, seen, l);
       written(grad_value);
       begin_products();
@@ -234,7 +235,7 @@ INLINE void walk(const Block& block) {
     }
     wait_for_products<0>();
     written(grad_key);
-    if (first + TILE_BANDS - 1 < next) bands.release(before, l);
+    if (first + TILE_BANDS - 1 < next) bands.release(before);
     store(block.a.grad_key, grad_key, block.a.scale, at, at.y + tile * SIDE, l);
     store(block.a.grad_value, grad_value, 1.0f, at, at.y + tile * SIDE, l);
     pass(first + TILE_BANDS, next);
@@ -246,7 +247,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   const Block block(a, raw);
   if (threadIdx.x == 0) {
-    block.bands.init(SLOTS, 3, READERS), block.kept.init(GROUPS, 1, 4);
+    block.bands.init(SLOTS, FILLERS, READERS), block.kept.init(GROUPS, 1, GROUP_THREADS);
     barriers_ready();
   }
   __syncthreads();

@@ -21,6 +21,8 @@ if not CUDA:
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a graph of yesterday does not answer for today's
 # without what was tuned on this machine, so that launches take the plans of the table
 os.environ["IMAGE_LOCAL_ATTENTION_CACHE"] = str(Path(__file__).parents[1] / "build" / "cache")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    importlib.import_module("interpreter").skip_idle_work()
 torch.set_num_threads(1)  # the problems are small, and test processes share the cores
 
 # `make test` tries the same few problems every time, `make hunt` thousands of new ones.

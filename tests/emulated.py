@@ -24,7 +24,7 @@ from image_local_attention.kernels.native.walk import Walk
 COMPILER = shutil.which("g++")
 HEADER, HOPPER = (Path(__file__).parent / name for name in ("emulator.h", "emulator_hopper.h"))
 BUILT = Path(__file__).parents[1] / "build" / "emulated"
-FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++"
+FLAGS = "-std=c++17", "-O1", "-w", "-Wno-psabi", "-fno-strict-aliasing", "-fPIC", "-U_FORTIFY_SOURCE"
 ALIGNMENT = 64
 SHARED = 227 * 1024
 MULTIPROCESSORS = 2  # so that blocks walk
@@ -60,21 +60,38 @@ class Kernel:
         self._run(ctypes.c_void_p(ctypes.addressof(held) + start), (ctypes.c_int * 3)(*grid), int(self._late))
 
 
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr((parts, FLAGS)).encode()).hexdigest()[:32]
+
+
+def kept(path: Path, *options: str | Path, source: str = "") -> Path:
+    """What the compiler makes, once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_name(f"{path.name}.{os.getpid()}")  # other processes may build the same
+        subprocess.run([COMPILER, *FLAGS, *options, "-o", mine], input=source, text=True, check=True)
+        mine.replace(path)
+    return path
+
+
+@functools.cache
+def header() -> Path:
+    """The emulator, which is compiled ahead: a compiler takes what lies beside a header in its place."""
+    path = BUILT / f"{digest(HEADER.read_text())}.h"
+    kept(path.with_suffix(".h.gch"), "-x", "c++-header", HEADER)
+    shutil.copyfile(HEADER, path)  # for a compiler that has no use for what another made
+    return path
+
+
 @functools.cache
 def library(compiled: Compiled | Walk) -> ctypes.CDLL:
     macros = [option.replace("--define-macro=", "-D") for option in compiled.options if "define" in option]
     before = BEFORE if compiled.task == "grad_key_value" else ""
     run = RUN.replace("KERNEL", compiled.name).replace("BEFORE", before).replace("THREADS", str(compiled.threads))
-    headers = (HEADER, HOPPER) if compiled.features else (HEADER,)
-    source = "".join((*(header.read_text() for header in headers), compiled.program, run))
-    key = hashlib.sha256(repr((source, macros, FLAGS)).encode()).hexdigest()
-    BUILT.mkdir(parents=True, exist_ok=True)
-    path = BUILT / f"{key[:32]}.so"
-    if not path.exists():
-        mine = path.with_suffix(f".{os.getpid()}")  # other processes may build the same
-        subprocess.run([COMPILER, *FLAGS, *macros, "-o", mine, "-"], input=source, text=True, check=True)
-        mine.replace(path)
-    return ctypes.CDLL(str(path))
+    source = "".join((HOPPER.read_text() if compiled.features else "", compiled.program, run))
+    path = BUILT / f"{digest(header().name, source, macros)}.so"
+    options = *macros, "-include", header(), "-shared", "-x", "c++", "-"
+    return ctypes.CDLL(str(kept(path, *options, source=source)))
 
 
 def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:

@@ -4,6 +4,7 @@
 // Copies are done at once, so that one which overwrites what others still read is seen, or late, when somebody waits for
 // them, so that what is read without waiting is seen. Operands of TF32 are cut off as on a GPU, but sums are rounded.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -72,9 +73,10 @@ constexpr int LANES = 32, STACK = 64 * 1024;
 constexpr int LONGEST = 400;  // turn of a warp, in steps between what its lanes do together
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t beginning;
+  jmp_buf place;
   std::vector<char> stack;
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 struct Barrier {  // in shared memory
@@ -84,7 +86,7 @@ struct Barrier {  // in shared memory
 static_assert(sizeof(Barrier) == 8, "");
 
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current = 0, alive = 0;
 inline u64 turns = 0;  // in which nobody got any further
 inline bool late = false;
@@ -93,7 +95,15 @@ inline std::function<void()> before;  // what was launched before and has not en
 
 inline void yield() {
   if (++turns > 10'000'000ull) fprintf(stderr, "threads wait for each other\n"), std::abort();
-  swapcontext(&threads[current].context, &scheduler);
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
+
+// Runs a thread until it waits. Contexts begin threads and no more, as to swap them asks the system every time.
+inline void resume(Thread& thread) {
+  if (_setjmp(scheduler)) return;
+  if (thread.begun) _longjmp(thread.place, 1);
+  thread.begun = true;
+  setcontext(&thread.beginning);
 }
 
 // Every thread of a group brings a value; the last to come works on all of them; then all go on, each with its own.
@@ -440,6 +450,7 @@ inline void enter() {
   body();
   threads[current].done = true;
   alive--, turns = 0;
+  _longjmp(scheduler, 1);
 }
 
 // The same numbers every time, below `end`.
@@ -463,12 +474,11 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
         blockIdx.x = x, blockIdx.y = y, blockIdx.z = z;
         alive = count, turns = 0;
         for (Thread& thread : threads) {
-          getcontext(&thread.context);
-          thread.context.uc_stack.ss_sp = thread.stack.data();
-          thread.context.uc_stack.ss_size = STACK;
-          thread.context.uc_link = &scheduler;
-          makecontext(&thread.context, enter, 0);
-          thread.done = false;
+          getcontext(&thread.beginning);
+          thread.beginning.uc_stack.ss_sp = thread.stack.data();
+          thread.beginning.uc_stack.ss_size = STACK;
+          makecontext(&thread.beginning, enter, 0);
+          thread.begun = thread.done = false;
         }
         while (alive) {
           const int warp = random(count / LANES);
@@ -479,7 +489,7 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
             for (current = warp * LANES; current < (warp + 1) * LANES; current++)
               if (!threads[current].done) {
                 threadIdx.x = current;
-                swapcontext(&scheduler, &threads[current].context);
+                resume(threads[current]);
               }
           } while (rounds-- > 0 && turns < before + LANES);  // until it waits for others
         }

@@ -14,7 +14,7 @@ demo: $(READY)  ## denoise a photograph, compare with plain PyTorch
 	$(RUN) -m benchmarks.demo
 
 test: $(READY) lint  ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

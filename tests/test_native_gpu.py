@@ -14,13 +14,14 @@ from conftest import CUDA, Target
 from image_local_attention import local_aggregate, local_attention, local_similarity
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import plan, table
+from image_local_attention.kernels.native import launch, plan, table
 from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
 from test_native import EVERY_ROW, heads_for, noting, row_name
 
 FP32 = torch.float32
+HALVES = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
@@ -116,11 +117,12 @@ OPERATORS = pytest.mark.parametrize(
 
 
 @st.composite
-def served_problems(draw, dtype):
-    depth = draw(st.sampled_from(sorted(WIDEST)))
+def served_problems(draw, dtype, depths=tuple(WIDEST), ways=(False, True)):
+    """ways: whether maps are planes."""
+    depth = draw(st.sampled_from(sorted(depths)))
     sides = st.integers(1, 21 if dtype == FP32 else WIDEST[depth])
     kernel = draw(st.one_of(sides.map(lambda k: (k, k)), st.tuples(sides, sides)))
-    planes, vectors = draw(st.booleans()), st.integers(1, 6 if dtype == FP32 else 3)
+    planes, vectors = draw(st.sampled_from(ways)), st.integers(1, 6 if dtype == FP32 else 3)
     return problem(
         draw(st.integers(1, 64 // depth)),
         depth,
@@ -312,20 +314,25 @@ def test_maps_past_two_to_the_31_elements(dtype):
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("kernel", [*WALKED, (25, 12)], ids=lambda kernel: f"{kernel[0]}x{kernel[1]}")
 @pytest.mark.usefixtures("poison")
-def test_blocks_that_walk_are_within_their_budgets(kernel, served):
-    sizes = ((43, 13), (150, 70), (5, 3))
-    with native.using("grad_key_value", WalkPlan()):
-        for size, dtype in itertools.product(sizes, (torch.bfloat16, torch.float16)):
-            check(ATTENTION, problem(2, 64, size, kernel, batch=2), TRITON, dtype)
+def test_blocks_that_walk_are_within_their_budgets(kernel, served, monkeypatch):
+    """With few tiles to a block, and, as if there were few multiprocessors, with many."""
+    for multiprocessors, size, dtype in itertools.product((2, 132), ((43, 13), (37, 70)), HALVES):
+        monkeypatch.setattr(launch, "_multiprocessors", lambda device, count=multiprocessors: count)
+        launch._native.cache_clear()
+        each = problem(1 if size[1] > 50 else 2, 64, size, kernel, batch=2 if size[1] < 50 else 1)
+        with native.using("grad_key_value", WalkPlan()):
+            check(ATTENTION, each, TRITON, dtype)
+    launch._native.cache_clear()
     assert "grad_key_value" in served
 
 
 @pytest.mark.gpu
 @pytest.mark.hunt
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.usefixtures("poison")
-def test_random_problems_of_blocks_that_walk(dtype):
-    walked = served_problems(dtype).filter(lambda each: each.key_depth == 64 and each.layouts[0] == "channels_last")
+def test_random_problems_of_blocks_that_walk(dtype, served):
+    walked = served_problems(dtype, depths=(64,), ways=(False,))
     with native.using("grad_key_value", WalkPlan()):
         for_each(walked, 20, f"walk {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
+    assert "grad_key_value" in served

@@ -1,7 +1,8 @@
 // Instructions of sm_90 alone: products that four warps, a group, take together and that run beside what follows them.
 // The products themselves, whose operands are as many as they are wide, are written by `walk.py`.
 
-// Where rows of 128 bytes begin that a copy swizzled, as products take it: 8 rows are a pattern, patterns follow each other.
+// Where rows of 128 bytes begin that a copy swizzled, as products take it: 8 rows are a pattern, and patterns follow each
+// other.
 struct SharedRows {
   u32 low;  // of a descriptor: address / 16, and above it what is 1 for swizzled rows
 

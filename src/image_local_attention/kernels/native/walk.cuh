@@ -1,11 +1,11 @@
 // Kernels whose blocks walk down a map: 8x8 tiles of kept pixels, one below the other, past the halo that they share.
 //
 // Groups of four warps take turns at the tiles; one more copies. A tile is the rows of products of 64 rows: warp w of a
-// group has the tile's rows 2w and 2w + 1, a lane one pixel of either. The halo is as wide as what a tile sees, and passes
-// in bands of four rows through SLOTS places of shared memory. Tile t sees bands 2t to 2t + TILE_BANDS - 1.
+// group has the tile's rows 2w and 2w + 1, a lane one pixel of either. The halo is as wide as what a tile sees, and
+// passes in bands of four rows through SLOTS places of shared memory. Tile t sees bands 2t to 2t + TILE_BANDS - 1.
 //
-// Maps are of halves whose channels lie side by side, 64 of a head: a pixel is 128 bytes. Names in capitals that are not
-// defined here are given when this is compiled.
+// Maps are of halves whose channels lie side by side, 64 of a head: a pixel is 128 bytes. Names in capitals that are
+// not defined here are given when this is compiled.
 
 constexpr int SIDE = 8, BAND_H = 4, PIXEL_BYTES = 128;
 constexpr int TILE_BYTES = SIDE * SIDE * PIXEL_BYTES;
@@ -21,7 +21,8 @@ struct alignas(64) StridedMap {
 };
 
 struct Lane {
-  int lane, group, warp, column, member;  // of the warp; of the block; of the group; of the tile; of those that share a pixel
+  int lane, group, warp;  // of the warp, of the block, of the group
+  int column, member;     // of the tile, of the lanes that share its pixels
 
   INLINE Lane() {
     const int thread = threadIdx.x;
@@ -88,8 +89,8 @@ struct Barriers {
   INLINE void release(const Use& use) const { barrier_arrive(read(use)); }
 };
 
-// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of two rows of a band. Where
-// a row ends amid a block, members 0 and 1 have its end, others the next row's begin.
+// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of two rows of a band.
+// Where a row ends amid a block, members 0 and 1 have its end, others the next row's begin.
 struct Seen {
   u32 columns[HALF_BLOCKS];
   bool at_end;

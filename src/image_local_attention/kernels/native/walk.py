@@ -143,8 +143,8 @@ def parts(rows: int, columns: int, multiprocessors: int) -> int:
     def time(count: int) -> int:
         return cdiv(columns * count, multiprocessors) * (cdiv(rows, count) + 1)
 
-    count = min(range(1, rows + 1), key=time, default=1)
-    return cdiv(rows, cdiv(rows, count)) if rows else 1
+    count = min(range(1, min(rows, multiprocessors) + 1), key=time)
+    return cdiv(rows, cdiv(rows, count))
 
 
 def _products(columns: int, number: str) -> str:

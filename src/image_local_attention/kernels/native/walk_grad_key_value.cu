@@ -1,5 +1,5 @@
-// dK = scale * sum dS q and dV = sum P g over the queries that see each key, dS = P * (dP - delta), as `grad_key_value.cu`
-// has it, of blocks that walk: tiles are of keys, bands of queries and of gradients.
+// dK = scale * sum dS q and dV = sum P g over the queries that see each key, dS = P * (dP - delta), as in
+// `grad_key_value.cu`, of blocks that walk: tiles are of keys, bands of queries and of gradients.
 
 struct Arguments {
   TensorMap query, key, value, grad_out;
@@ -113,8 +113,8 @@ struct Weights {
   INLINE u32& word(int block, int kept) { return of[block / 2][block % 2 * 2 + kept]; }
 };
 
-// Calls `change(block, first)` for the blocks of those two rows of a band that the warp's pixels see any of; first: address of
-// a float of the lane's first column of a block. y: the first row of the band, from that which the tile sees first.
+// Calls `change(block, of)` for the blocks of those two rows of a band that the warp's pixels see any of. of: floats of
+// the lane's two columns. numbers: address of the band's. y: the band's first row, from the first that the tile sees.
 template <typename Change>
 INLINE void for_each_seen_block(u32 numbers, int y, const Lane& l, Change change) {
 #pragma unroll
@@ -123,10 +123,10 @@ INLINE void for_each_seen_block(u32 numbers, int y, const Lane& l, Change change
 #pragma unroll
       for (int half = 0; half < HALF_BLOCKS; half++) {
         const int block = pair * HALF_BLOCKS + half;
-        u32 of[2];
-        load(of, numbers + (8 * block + 2 * l.member) * 4);
-        const float columns[2] = {__uint_as_float(of[0]), __uint_as_float(of[1])};
-        change(block, columns);
+        u32 words[2];
+        load(words, numbers + (8 * block + 2 * l.member) * 4);
+        const float of[2] = {__uint_as_float(words[0]), __uint_as_float(words[1])};
+        change(block, of);
       }
     }
 }

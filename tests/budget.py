@@ -48,13 +48,14 @@ class Rounding(TorchDispatchMode):
         if name == "sum" and args[0].dim():
             dims = (args[1] if len(args) > 1 else None) or list(range(args[0].dim()))
             partial = args[0].movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1).cumsum(0)
-            x = x + (partial * self._off(partial, self.sum_eps)).sum(0).view(x.shape)
+            x = x + partial.mul_(self._off(partial, self.sum_eps)).sum(0).view(x.shape)
         elif name not in _ROUNDS or x.dtype != torch.float64:
             return x
-        return x * (1 + self._off(x, self.eps))
+        return self._off(x, self.eps).double().add_(1).mul_(x)
 
     def _off(self, x: Tensor, eps: float) -> Tensor:
-        return eps * (torch.rand(x.shape, generator=self.generator, dtype=x.dtype) - 0.5)
+        """In fp32, for most of what a budget takes is the making of these numbers."""
+        return torch.rand(x.shape, generator=self.generator).sub_(0.5).mul_(eps)
 
 
 def assert_within(name: str, got: Tensor, plain: list[Tensor], exact: Tensor, eps: float) -> None:

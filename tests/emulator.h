@@ -76,7 +76,7 @@ struct Thread {
   ucontext_t beginning;
   jmp_buf place;
   std::vector<char> stack;
-  bool begun = false, done = false;
+  bool begun = false, done = false, waited = false;
 };
 
 struct Barrier {  // in shared memory
@@ -90,7 +90,6 @@ inline jmp_buf scheduler;
 inline int current = 0, alive = 0;
 inline u64 turns = 0;  // in which nobody got any further
 inline bool late = false;
-inline bool waited = false;
 inline std::function<void()> before;  // what was launched before and has not ended
 
 inline void yield() {
@@ -348,12 +347,12 @@ inline void copy_row_out(void* to, u32 from, u32 bytes) {
 
 // What begins then may skip what this waits for: the next launch may be one that waits for this one's results alone.
 inline void next_may_begin() {
-  if (!emulator::waited) fprintf(stderr, "the next begins before the last has ended\n"), std::abort();
+  if (!emulator::threads[emulator::current].waited) fprintf(stderr, "the next begins before the last has ended\n"), std::abort();
 }
 
 // The first to wait ends what was launched before.
 inline void wait_for_launches() {
-  emulator::waited = true;
+  emulator::threads[emulator::current].waited = true;
   if (emulator::before) std::exchange(emulator::before, nullptr)();
 }
 
@@ -462,7 +461,7 @@ inline int random(int end) {
 
 // Runs a kernel: `run` is what every thread does.
 inline void launch(const int* grid, int count, bool copies_late, std::function<void()> run) {
-  body = run, late = copies_late, waited = false;
+  body = run, late = copies_late;
   threads.clear();
   threads.resize(count);
   for (Thread& thread : threads) thread.stack.resize(STACK);
@@ -478,7 +477,7 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
           thread.beginning.uc_stack.ss_sp = thread.stack.data();
           thread.beginning.uc_stack.ss_size = STACK;
           makecontext(&thread.beginning, enter, 0);
-          thread.begun = thread.done = false;
+          thread.begun = thread.done = thread.waited = false;
         }
         while (alive) {
           const int warp = random(count / LANES);

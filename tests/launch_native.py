@@ -2,7 +2,8 @@
 
 Every plan of the table and blocks that walk, or, with "kinds" among the arguments, one of each kind; with tasks among
 them, those of these.
-Maps are of several tiles each way and a remainder.
+Maps are of several tiles each way and a remainder. Blocks walk as if there were few multiprocessors, so that they take
+many tiles.
 """
 
 import sys
@@ -16,7 +17,7 @@ from image_local_attention.kernels.native import plan, table
 from image_local_attention.kernels.native.walk import WalkPlan
 from test_native import heads_for, kinds, noting
 
-SIZE = 11, 24
+SIZE, SIZE_TO_WALK = (11, 24), (59, 13)
 WALKS = [
     ("grad_key_value", plan.Form("half", False), table.Row(64, k, WalkPlan(slots))) for k, slots in ((21, 6), (13, 5))
 ]
@@ -24,10 +25,11 @@ WALKS = [
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:
     """Forward and backward of the operators that the task is part of, whose other tasks take the table's plans."""
-    heads = 1 if isinstance(row.plan, WalkPlan) else heads_for(task, form, row)
+    walks = isinstance(row.plan, WalkPlan)
+    heads = 1 if walks else heads_for(task, form, row)
     dtype = torch.bfloat16 if form.product == "half" else torch.float32
     layout = torch.contiguous_format if form.planes else torch.channels_last
-    shape = 1, heads * row.depth, *SIZE
+    shape = 1, heads * row.depth, *(SIZE_TO_WALK if walks else SIZE)
     query, key, value = (
         torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
         for _ in range(3)
@@ -51,6 +53,7 @@ def main() -> None:
         raise SystemExit(f"no plan of {sorted(tasks)}")
     served: list[str] = []
     native.native = noting(served)
+    native.launch._multiprocessors = lambda device: 2
     for job in jobs:
         served.clear()
         launch(*job)

@@ -281,6 +281,7 @@ def test_blocks_walk_wherever_they_are_asked_to_and_can(anywhere):
         assert walking((3, 5)).plan == WalkPlan(5)
         assert walking(dtype=torch.float32) is None
         assert walking((9, 23)) is None
+        assert walking((23, 9)) is None
 
 
 @pytest.mark.parametrize("task", plan.UNFUSED)

@@ -24,7 +24,7 @@ HALVES = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
-WALKED = (21, 21), (11, 13), (4, 17), (21, 1), (2, 21), (9, 6)  # by blocks that walk, of every width of halos
+WALKED = (21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6)  # by blocks that walk, of every width of halos
 
 TRITON = Target("triton", "cuda")
 FUSED = {"forward", "grad_query", "grad_key_value"}
@@ -178,11 +178,12 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
 
 
 BANDS = [job for job in table.rows() if job[2].plan.band]
+WALK = "grad_key_value", plan.Form("half", False), table.Row(64, 21, WalkPlan())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("job", BANDS, ids=map(row_name, BANDS))
+@pytest.mark.parametrize("job", [*BANDS, WALK], ids=[*map(row_name, BANDS), "walk"])
 def test_bands_are_read_before_others_take_their_place(job, served):
     """Bands of a map with many tiles: results are the same every time, and those of portable kernels."""
     task, form, row = job
@@ -311,7 +312,7 @@ def test_maps_past_two_to_the_31_elements(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("kernel", [*WALKED, (25, 12)], ids=lambda kernel: f"{kernel[0]}x{kernel[1]}")
+@pytest.mark.parametrize("kernel", WALKED, ids=lambda kernel: f"{kernel[0]}x{kernel[1]}")
 @pytest.mark.usefixtures("poison")
 def test_blocks_that_walk_are_within_their_budgets(kernel, served, monkeypatch):
     """With few tiles to a block, and, as if there were few multiprocessors, with many."""

@@ -6,3 +6,17 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A value that compilers hold in a register where they would work it out anew, time and again.
 INLINE u32 held(u32 x) { return __shfl_xor_sync(~0u, x, 0); }
+
+// Where shared memory begins; a swizzle's pattern begins there too.
+INLINE u32 shared_start(const void* raw) {
+  const u32 start = shared_address(raw);
+  if (start % 1024) __trap();
+  return start;
+}
+
+// A map as its numbers lie in memory.
+template <typename Number>
+struct alignas(64) StridedMap {
+  Number* data;
+  long long image, channel, row, column;  // steps
+};

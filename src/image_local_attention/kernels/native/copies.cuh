@@ -1,12 +1,5 @@
 // Copies of tiles and halos between maps and shared memory, and the barriers that tell of them.
 
-// Where shared memory begins; a swizzle's pattern begins there too.
-INLINE u32 shared_start(const void* raw) {
-  const u32 start = shared_address(raw);
-  if (start % 1024) __trap();
-  return start;
-}
-
 // Copies the box that begins at (channel, x, y, image); what lies outside of the map is zero.
 INLINE void copy_in(u32 to, const TensorMap& map, u32 barrier, int channel, int x, int y, int image) {
   if (!PLANES)

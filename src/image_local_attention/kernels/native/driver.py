@@ -77,7 +77,7 @@ def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) ->
 def strided_map(x: Tensor) -> bytes:
     """Of heads [B, heads, H, W, D] whose axis of channels goes on over heads: address, then steps.
 
-    Of image, channel, row and column, as `single.cuh` has them.
+    Of image, channel, row and column, as `basics.cuh` has them.
     """
     image, _, row, column, channel = x.stride()
     return _STRIDED.pack(x.data_ptr(), image, channel, row, column)

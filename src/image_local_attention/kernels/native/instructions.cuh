@@ -1,5 +1,5 @@
-// Instructions of the GPU that CUDA C++ has no names for; but for those of `hopper.cuh`, nothing else here is assembly.
-// Addresses are those of shared memory.
+// Instructions of the GPU that CUDA C++ has no names for. Those of sm_90 alone are in `hopper.cuh`, and their products in
+// what `walk.py` writes; nothing else here is assembly. Addresses are those of shared memory.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

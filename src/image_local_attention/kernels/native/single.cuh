@@ -96,10 +96,7 @@ using Number = float;  // of a map
 
 INLINE Number number_of(float x) { return x; }
 
-struct alignas(64) KeptMap {
-  float* data;
-  long long image, channel, row, column;  // steps
-};
+using KeptMap = StridedMap<float>;
 
 // A kept map, or results, as a lane reads and writes the pixels of its rows.
 struct Kept {

@@ -1,5 +1,7 @@
 """A short table of measured facts: which plan a task takes, and so what the native kernels serve.
 
+Where blocks walk down the map (`walk`), they do so instead.
+
 What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
 bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, those of halves often of 8,

@@ -15,10 +15,7 @@ constexpr int TILE_BANDS = ceil_div(SIDE + KERNEL_H - 1, BAND_H);
 constexpr int BLOCKS = BAND_PIXELS / 8, HALF_BLOCKS = BLOCKS / 2;  // of 8 pixels: of a band, and of two of its rows
 constexpr int GROUP_THREADS = 128;
 
-struct alignas(64) StridedMap {
-  unsigned short* data;
-  long long image, channel, row, column;  // steps
-};
+using Number = unsigned short;  // of a map, as it lies in memory
 
 struct Lane {
   int lane, group, warp;  // of the warp, of the block, of the group
@@ -154,12 +151,12 @@ INLINE void transpose(u32 (&words)[4], int member) {
 }
 
 // Writes the sums of a tile's 64 channels, times a factor.
-INLINE void store(const StridedMap& map, const float (&sums)[32], float factor, const Place& at, int y, const Lane& l) {
+INLINE void store(const StridedMap<Number>& map, const float (&sums)[32], float factor, const Place& at, int y, const Lane& l) {
   const int x = at.x + l.column;
 #pragma unroll
   for (int kept = 0; kept < 2; kept++) {
     const int row = y + 2 * l.warp + kept;
-    unsigned short* to = map.data + at.image * map.image + at.head * 64 * map.channel + row * map.row + x * map.column;
+    Number* to = map.data + at.image * map.image + at.head * 64 * map.channel + row * map.row + x * map.column;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       u32 words[4];

@@ -21,7 +21,9 @@ _PIXEL_BYTES = 128
 _BARRIERS = 16  # bytes of a slot
 _QUERY_BYTES = 8  # of log-sum-exp and delta
 _PATTERN = 1024
-_WIDEST = 21  # window: sums of wider bands would take more registers than there are
+# Sums of bands of wider windows would take more registers than there are. Of those taller than 33, a group would hold
+# more bands, which its next tile sees again, than there are slots beside those that it waits for.
+_LARGEST = 21
 # From which windows on it is faster than the kernel of `table`: milliseconds with delta on an H200, then that kernel's.
 # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
 # k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014; 128-64-k21 0.0228 : 0.0252.
@@ -125,7 +127,7 @@ class Walk(NamedTuple):
 def serves(task: str, form: Form, depth: int, kernel: tuple[int, int], arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head."""
     of_maps = form == Form("half", planes=False) and depth == DEPTH
-    return task == "grad_key_value" and of_maps and kernel[1] <= _WIDEST and arch == ARCH
+    return task == "grad_key_value" and of_maps and max(kernel) <= _LARGEST and arch == ARCH
 
 
 def choose(kernel: tuple[int, int]) -> WalkPlan | None:

@@ -3,7 +3,7 @@
 
 struct Arguments {
   TensorMap query, key, value, grad_out;
-  StridedMap grad_key, grad_value;
+  StridedMap<Number> grad_key, grad_value;
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
   float factor, scale;  // of products, to logits in powers of two: the first is positive
@@ -14,6 +14,8 @@ struct Arguments {
 constexpr int GROUPS = 2;
 // Of a band: two warps write numbers, and one thread has maps copied.
 constexpr int FILLERS = 2 * 32 + 1, READERS = GROUPS * GROUP_THREADS;
+static_assert(TILE_BANDS <= SLOTS + 2 * GROUPS, "a tile's last band comes while those are held that the next sees again");
+static_assert(HALO_W <= 32, "a lane has a column of numbers");
 constexpr int NUMBERS_BYTES = BAND_PIXELS * 4;  // a float of each query
 constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(2 * NUMBERS_BYTES, 1024) * 1024, KEPT_ROOM = 2 * TILE_BYTES;
 constexpr int ROOM = SLOTS * BAND_ROOM + GROUPS * KEPT_ROOM + (SLOTS + GROUPS) * Barriers::BYTES;
@@ -27,8 +29,7 @@ struct Block {
   Barriers bands, kept;
 
   INLINE Block(const Arguments& a, unsigned char* raw)
-      : a(a), at(a.heads, a.height, a.width), raw(raw), start(shared_address(raw)) {
-    if (start % 1024) __trap();
+      : a(a), at(a.heads, a.height, a.width), raw(raw), start(shared_start(raw)) {
     bands = {start + SLOTS * BAND_ROOM + GROUPS * KEPT_ROOM}, kept = {bands.first + SLOTS * Barriers::BYTES};
   }
 

@@ -145,6 +145,19 @@ def test_every_row_is_taken_by_what_it_names():
         assert plan.suits(task, chosen, chosen.group(heads, row.depth, form), form)
 
 
+def test_warps_take_turns_where_there_are_several_bands():
+    """Not at windows so low that a tile's halo is one, which other plans serve, or Triton."""
+    shared = [job for job in table.rows() if job[2].plan.shared_by > 1]
+    assert shared
+    for (task, form, row), height in itertools.product(shared, range(1, 6)):
+        kernel, lead = (height, row.kernel), row.kernel // 2
+        chosen = table.choose(task, form, 1, row.depth, row.pixels, kernel, lead, SHARED)
+        bands = chosen and plan.shape(task, chosen, kernel, lead, form).bands
+        assert chosen is None or chosen.shared_by == 1 or bands > 1
+        if plan.shape(task, row.plan, kernel, lead, form).bands > 1:
+            assert chosen is not None
+
+
 HALF = plan.Form("half", False)
 
 

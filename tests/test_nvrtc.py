@@ -13,9 +13,9 @@ OPTIONS = ("--gpu-architecture=sm_90",)
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """Counts what is compiled; results are kept in the folder that it gives."""
-    compile_it, count = nvrtc._compile, []
+    build, count = nvrtc.build, []
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    monkeypatch.setattr(nvrtc, "_compile", lambda *args: count.append(args) or compile_it(*args))
+    monkeypatch.setattr(nvrtc, "build", lambda *args: count.append(args) or build(*args))
     monkeypatch.setenv("IMAGE_LOCAL_ATTENTION_CACHE", str(tmp_path / "kept"))
     return tmp_path / "kept", count
 

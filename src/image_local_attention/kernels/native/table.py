@@ -367,6 +367,8 @@ def choose(
     fitting = (row for row in rows if row.depth == depth and max(kernel) <= row.kernel and pixels <= row.pixels)
     for plan in (row.plan for row in fitting):
         group, held = plan.group(heads, depth, form), shape(task, plan, kernel, lead, form)
+        if plan.shared_by > 1 and held.bands == 1:
+            continue  # warps would have no bands to take turns at
         if suits(task, plan, group, form) and shared(task, plan, group, depth, kernel, held, form) <= limit:
             return plan
     return None

@@ -73,7 +73,7 @@ class Problem:
         return launch.Compiled(self.task, plan, self.form, DTYPES[case.dtype], case.depth, group, self.kernel, lead)
 
     def candidates(self) -> Iterator[Plan | walk.WalkPlan]:
-        """Plans that fit into shared memory and whose blocks would share a multiprocessor."""
+        """Plans that fit into shared memory: of blocks that walk, and of those that would share a multiprocessor."""
         if walk.serves(self.task, self.form, self.case.depth, self.kernel, gpus.of(DEVICE).arch):
             yield from map(walk.WalkPlan, WALK_SLOTS)
         case, single = self.case, self.form.element == 4

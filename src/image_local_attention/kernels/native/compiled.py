@@ -94,7 +94,7 @@ class Compiled(NamedTuple):
             "RESIDENT": plan.resident,
             "AT_ONCE": min(plan.step, held.pairs),
         }
-        return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
+        return options_of(names)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -166,6 +166,11 @@ class Compiled(NamedTuple):
 def lead_of(task: str, kernel: int, lead: int) -> int:
     """From the first pixel that a kept one sees to it, for a window whose first key lies `lead` before the query."""
     return kernel - 1 - lead if task in ("grad_key_value", "aggregate_transpose") else lead
+
+
+def options_of(names: dict[str, int]) -> tuple[str, ...]:
+    """Of NVRTC, for a source that is given these numbers by name."""
+    return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
 
 
 @functools.cache

@@ -1,19 +1,21 @@
 """Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they serve and hold."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..integers import cdiv
 from . import driver
-from .compiled import text
+from .compiled import options_of, text
 from .plan import Form
 
-ARCH = 90  # no other GPU has these products
-DEPTH = 64  # channels of a head, 128 bytes: a row of a swizzle's pattern
-SIDE = 8  # of a tile
+_ARCH = 90  # no other GPU has these products
+_DEPTH = 64  # channels of a head, 128 bytes: a row of a swizzle's pattern
+_SIDE = 8  # of a tile
 _BAND_H = 4
 _GROUPS = 2
 _GROUP_THREADS = 128
@@ -54,7 +56,7 @@ class Walk(NamedTuple):
     @property
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
-        return _BAND_H, cdiv(SIDE + self.kernel[1] - 1, 4) * 4
+        return _BAND_H, cdiv(_SIDE + self.kernel[1] - 1, 4) * 4
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ class Walk(NamedTuple):
             "LEAD_X": self.lead[1],
             "SLOTS": self.plan.slots,
         }
-        return "--std=c++17", "-default-device", *(f"--define-macro={name}={value}" for name, value in names.items())
+        return options_of(names)
 
     @property
     def source(self) -> str:
@@ -100,6 +102,7 @@ class Walk(NamedTuple):
 
     @property
     def early(self) -> bool:
+        """Little goes through the L1 cache."""
         return True
 
     @property
@@ -107,27 +110,27 @@ class Walk(NamedTuple):
         """Bytes of shared memory that a block takes."""
         pixels = self.halo[0] * self.halo[1]
         band = 2 * pixels * _PIXEL_BYTES + cdiv(pixels * _QUERY_BYTES, _PATTERN) * _PATTERN
-        kept = 2 * SIDE * SIDE * _PIXEL_BYTES
+        kept = 2 * _SIDE * _SIDE * _PIXEL_BYTES
         return self.plan.slots * (band + _BARRIERS) + _GROUPS * (kept + _BARRIERS)
 
     @property
-    def described(self) -> tuple:
+    def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
         halo, tile = (
-            functools.partial(driver.tensor_map, "cxy", (DEPTH, columns, rows), _PIXEL_BYTES)
-            for rows, columns in (self.halo, (SIDE, SIDE))
+            functools.partial(driver.tensor_map, "cxy", (_DEPTH, columns, rows), _PIXEL_BYTES)
+            for rows, columns in (self.halo, (_SIDE, _SIDE))
         )
         return halo, tile, tile, halo, driver.strided_map, driver.strided_map
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
-        rows, columns = cdiv(h, SIDE), heads * cdiv(w, SIDE)
+        rows, columns = cdiv(h, _SIDE), heads * cdiv(w, _SIDE)
         return columns, parts(rows, columns * batch, self.multiprocessors), batch
 
 
 def serves(task: str, form: Form, depth: int, kernel: tuple[int, int], arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head."""
-    of_maps = form == Form("half", planes=False) and depth == DEPTH
-    return task == "grad_key_value" and of_maps and max(kernel) <= _LARGEST and arch == ARCH
+    of_maps = form == Form("half", planes=False) and depth == _DEPTH
+    return task == "grad_key_value" and of_maps and max(kernel) <= _LARGEST and arch == _ARCH
 
 
 def choose(kernel: tuple[int, int]) -> WalkPlan | None:
@@ -153,7 +156,7 @@ def _products(columns: int, number: str) -> str:
     """Source of the products of a group with `columns` pixels of a band: scores, and weighted sums of 64 channels."""
     scores = _product(columns, number, "const SharedRows& a", ['"l"(a.descriptor())'], "%{0}", "1, 1, 0, 0")
     weights = [f'"r"(a[{i}])' for i in range(4)]
-    sums = _product(DEPTH, number, "const u32 (&a)[4]", weights, "{{%{0}, %{1}, %{2}, %{3}}}", "1, 1, 1")
+    sums = _product(_DEPTH, number, "const u32 (&a)[4]", weights, "{{%{0}, %{1}, %{2}, %{3}}}", "1, 1, 1")
     return (
         "\n// sums = or += a b, 64 rows of 16 channels in shared memory with as many of pixels side by side there.\n"
         f"INLINE void multiply_shared{scores}"

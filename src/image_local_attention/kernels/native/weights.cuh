@@ -70,6 +70,7 @@ struct InMap {
     return there(::meeting_of(seen_band, step, l), seen_band, step);
   }
 
+  // Of those that meet in a step, those whose seen pixel lies in the map.
   INLINE Meeting there(Meeting meeting, int seen_band, int step) const {
     if (whole) return meeting;
 #pragma unroll

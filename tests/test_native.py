@@ -274,7 +274,7 @@ def walking(kernel=(21, 21), **more):
 def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(anywhere, monkeypatch):
     assert walking() == Walk("grad_key_value", WalkPlan(), torch.bfloat16, (21, 21), (10, 10), 132)
     assert walking(heads=3, dtype=torch.float16, causal=(True, False)).lead == (20, 10)
-    assert walking((11, 12)) is not None
+    assert isinstance(walking((11, 12)), Walk)
     others = (
         {"kernel": (10, 21)},
         {"layout": "contiguous", "size": (9, 16), "kernel": (13, 13)},

@@ -142,14 +142,14 @@ def choose(kernel: tuple[int, int]) -> WalkPlan | None:
 def parts(rows: int, columns: int, multiprocessors: int) -> int:
     """Into how many blocks columns of so many tiles are cut, for the last to end soon.
 
-    Each multiprocessor takes one block after the other; to begin one costs about as much as a tile.
+    Each multiprocessor takes one block after the other; to begin one costs about as much as a tile. Of
+    counts that take as long the first is the least, so that no block is empty.
     """
 
     def time(count: int) -> int:
         return cdiv(columns * count, multiprocessors) * (cdiv(rows, count) + 1)
 
-    count = min(range(1, min(rows, multiprocessors) + 1), key=time)
-    return cdiv(rows, cdiv(rows, count))
+    return min(range(1, min(rows, multiprocessors) + 1), key=time)
 
 
 def _products(columns: int, number: str) -> str:

@@ -38,7 +38,8 @@ TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # of planes of halves, whose halos have unseen columns, and of two units
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
-WALK_SLOTS = 4, 5, 6  # of blocks that walk
+WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), (2, 3)))  # tiles, rows of bands and groups
+WALK_SLOTS = 14  # at most
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 MOST_COPIED = 256  # rows or columns of a copy
@@ -68,14 +69,14 @@ class Problem:
         case, lead = self.case, (self.case.kernel // 2, self.case.kernel // 2)
         if isinstance(plan, walk.WalkPlan):
             multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-            return walk.Walk(self.task, plan, DTYPES[case.dtype], self.kernel, lead, multiprocessors)
+            return walk.Walk(self.task, plan, self.form.planes, DTYPES[case.dtype], self.kernel, lead, multiprocessors)
         group = plan.group(case.heads, case.depth, self.form)
         return launch.Compiled(self.task, plan, self.form, DTYPES[case.dtype], case.depth, group, self.kernel, lead)
 
     def candidates(self) -> Iterator[Plan | walk.WalkPlan]:
         """Plans that fit into shared memory: of blocks that walk, and of those that would share a multiprocessor."""
-        if walk.serves(self.task, self.form, self.case.depth, self.kernel, gpus.of(DEVICE).arch):
-            yield from map(walk.WalkPlan, WALK_SLOTS)
+        if walk.serves(self.task, self.form, self.case.depth, gpus.of(DEVICE).arch):
+            yield from self._walks()
         case, single = self.case, self.form.element == 4
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows
         if single:  # by how many registers sums of so many channels take
@@ -94,6 +95,13 @@ class Problem:
                     plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=sharers)
                     if self._fits(plan):
                         yield plan
+
+    def _walks(self) -> Iterator[walk.WalkPlan]:
+        """With as many bands as there is room for, and with two fewer."""
+        for tile, band, groups in WALKS:
+            plans = (walk.WalkPlan(tile, band, slots, groups) for slots in range(WALK_SLOTS, 1, -1))
+            fit = [plan for plan in plans if (held := self.compiled(plan)).fits and held.shared <= limit()]
+            yield from fit[:3:2]
 
     def _sharing(self) -> Iterator[tuple[int, int]]:
         """Units of a warp, and warps of a subtile. Sums of two units of many floats would take too many registers."""

@@ -57,6 +57,12 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 
 alignas(1024) unsigned char raw[232448];
 
+namespace emulator {
+constexpr u32 START = 1024;  // of a kernel's shared memory, whose first bytes are not its own
+
+inline unsigned char* memory_at(u32 address) { return raw + (address - START); }
+}  // namespace emulator
+
 inline Index threadIdx, blockIdx, gridDim;
 
 // As the tests pack it: sizes and steps of the axes, the innermost first, of a map of 2 or 4 bytes a number.
@@ -139,7 +145,7 @@ struct Copy {
 };
 inline std::vector<Copy> under_way;
 
-inline Barrier& barrier_at(u32 address) { return *reinterpret_cast<Barrier*>(raw + address); }
+inline Barrier& barrier_at(u32 address) { return *reinterpret_cast<Barrier*>(memory_at(address)); }
 
 inline void advance(Barrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) barrier.phase++, barrier.pending = barrier.arrivals, turns = 0;
@@ -181,7 +187,7 @@ void each_of_box(const TensorMap& map, u32 shared, const int (&at)[4], F f) {
         for (int i = 0; i < 4; i++) inside &= place[i] >= 0 && place[i] < (long long)map.sizes[i];
         for (int i = 1; i < 4; i++) from += place[i] * (long long)map.steps[i - 1];
         const u32 place_in_shared = shared + (offset ^ (offset >> 7 & mask) << 4);
-        f(raw + place_in_shared, reinterpret_cast<unsigned char*>(map.data) + from, inside);
+        f(memory_at(place_in_shared), reinterpret_cast<unsigned char*>(map.data) + from, inside);
       }
 }
 
@@ -281,7 +287,7 @@ inline bool __any_sync(u32, bool x) {
   });
 }
 
-inline u32 shared_address(const void* p) { return static_cast<const unsigned char*>(p) - raw; }
+inline u32 shared_address(const void* p) { return static_cast<const unsigned char*>(p) - raw + emulator::START; }
 
 inline void barrier_init(u32 barrier, int arrivals) {
   emulator::barrier_at(barrier) = {arrivals, arrivals, 0, 0};
@@ -335,14 +341,14 @@ inline void check_row(u64 from, u64 to, u32 bytes) {
 inline void copy_row_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   check_row((u64)from, to, bytes);
   emulator::copy_in(barrier, [=] {
-    memcpy(raw + to, from, bytes);
+    memcpy(emulator::memory_at(to), from, bytes);
     return bytes;
   });
 }
 
 inline void copy_row_out(void* to, u32 from, u32 bytes) {
   check_row(from, (u64)to, bytes);
-  memcpy(to, raw + from, bytes);
+  memcpy(to, emulator::memory_at(from), bytes);
 }
 
 // What begins then may skip what this waits for: the next launch may be one that waits for this one's results alone.
@@ -359,10 +365,16 @@ inline void wait_for_launches() {
 inline void before_copies() {}
 inline void copies_have_read() {}
 
+inline u32 load_half(u32 address) {
+  uint16_t half;
+  memcpy(&half, emulator::memory_at(address), 2);
+  return half;
+}
+
 template <int N>
 void load(u32 (&x)[N], u32 address) {
   if (address % (4 * N)) fprintf(stderr, "a load of %d words at %u\n", N, address), std::abort();
-  memcpy(x, raw + address, 4 * N);
+  memcpy(x, emulator::memory_at(address), 4 * N);
 }
 
 struct Matrices {
@@ -378,7 +390,7 @@ void load_matrices(u32 (&r)[4], u32 address) {
         uint16_t pair[2];
         for (int j = 0; j < 2; j++) {
           const int row = ACROSS ? lane % 4 * 2 + j : lane / 4, column = ACROSS ? lane / 4 : lane % 4 * 2 + j;
-          memcpy(&pair[j], raw + lanes[8 * i + row].address + 2 * column, 2);
+          memcpy(&pair[j], emulator::memory_at(lanes[8 * i + row].address) + 2 * column, 2);
         }
         lanes[lane].r[i] = pair[0] | u32(pair[1]) << 16;
       }
@@ -394,7 +406,7 @@ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
         for (int j = 0; j < 2; j++) {
           const int row = ACROSS ? lane % 4 * 2 + j : lane / 4, column = ACROSS ? lane / 4 : lane % 4 * 2 + j;
           const uint16_t half = lanes[lane].r[i] >> 16 * j;
-          memcpy(raw + lanes[8 * i + row].address + 2 * column, &half, 2);
+          memcpy(emulator::memory_at(lanes[8 * i + row].address) + 2 * column, &half, 2);
         }
   });
 }

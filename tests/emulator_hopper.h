@@ -4,6 +4,7 @@ struct uint4 {
   u32 x, y, z, w;
 };
 
+template <int PATTERN, int NEXT = 16>
 struct SharedRows {
   u32 at;
 
@@ -11,6 +12,14 @@ struct SharedRows {
     if (address % 16) fprintf(stderr, "rows begin amid a vector\n"), std::abort();
   }
   SharedRows later(int bytes) const { return SharedRows(at + bytes); }
+};
+
+template <int NEXT>
+struct SharedBlocks {
+  u32 at;
+
+  explicit SharedBlocks(u32 address) : at(address) {}
+  SharedBlocks later(int bytes) const { return SharedBlocks(at + bytes); }
 };
 
 namespace emulator {
@@ -21,12 +30,33 @@ struct Away {
   std::vector<float> sums;
 };
 
+// An operand in shared memory: where its number (row, column) lies before it is swizzled.
+struct Matrix {
+  u32 at;
+  int pattern, next;
+  bool blocks;  // of 8x8 numbers, else rows of a pattern
+
+  Matrix() = default;
+  template <int PATTERN, int NEXT>
+  Matrix(const SharedRows<PATTERN, NEXT>& rows) : at(rows.at), pattern(PATTERN), next(NEXT), blocks(false) {}
+  template <int NEXT>
+  Matrix(const SharedBlocks<NEXT>& rows) : at(rows.at), pattern(16), next(NEXT), blocks(true) {}
+
+  float number(int row, int column) const {
+    const u32 address = at + row * pattern + 2 * column / pattern * next + 2 * column % pattern;
+    uint16_t half;
+    memcpy(&half, memory_at(address ^ (address >> 7 & pattern / 16 - 1) << 4), 2);
+    return half_to_float(half, BF16);
+  }
+};
+
 // A lane's part in the product of its warp: a group's four do alike with 16 rows each.
 struct GroupProduct {
   float* home;  // of the sums
   int columns;
-  bool held, add;  // the first factor is in registers; its product is added
-  u32 a[4], a_at, b_at;
+  bool held, across, add;  // the first factor is in registers; rows in shared memory are of the inner axis; it is added
+  u32 a[4];
+  Matrix left, right;
   float* sums;
 };
 
@@ -42,12 +72,6 @@ inline Products& products() {
   return of[current];
 }
 
-inline float half_at(u32 address) {
-  uint16_t half;
-  memcpy(&half, raw + (address ^ (address >> 7 & 7) << 4), 2);
-  return half_to_float(half, BF16);
-}
-
 // Rows of the first factor of a warp, and of the second: columns by 16.
 inline void multiply_rows(GroupProduct* lanes) {
   static float left[16][16], right[256][16];
@@ -57,11 +81,11 @@ inline void multiply_rows(GroupProduct* lanes) {
     for (int k = 0; k < 16; k++) {
       const GroupProduct& from = lanes[row % 8 * 4 + k % 8 / 2];
       left[row][k] = one.held ? half_to_float(from.a[row / 8 + k / 8 * 2] >> 16 * (k % 2), BF16)
-                              : half_at(one.a_at + (16 * warp + row) * 128 + 2 * k);
+                              : one.across ? one.left.number(k, 16 * warp + row) : one.left.number(16 * warp + row, k);
     }
   for (int column = 0; column < one.columns; column++)
     for (int k = 0; k < 16; k++)
-      right[column][k] = half_at(one.b_at + (one.held ? k * 128 + 2 * column : column * 128 + 2 * k));
+      right[column][k] = one.across ? one.right.number(k, column) : one.right.number(column, k);
   for (int lane = 0; lane < LANES; lane++)
     for (int i = 0; i < one.columns / 2; i++) {
       const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -85,6 +109,15 @@ inline void issue(GroupProduct product) {
 }
 
 }  // namespace emulator
+
+inline void sync_group(int group) {
+  static emulator::Meeting<int> meetings[8];
+  meetings[group].meet(emulator::current % 128, 128, 0, [](int*) {});
+}
+
+inline u32 __funnelshift_r(u32 low, u32 high, int shift) { return u64(high) << 32 >> shift | low >> shift; }
+
+inline void store(u32 address, const u32 (&x)[4]) { memcpy(emulator::memory_at(address), x, 16); }
 
 inline void begin_products() { emulator::products().begun = true; }
 
@@ -119,14 +152,16 @@ void wait_for_products() {
   mine.begun = false;
 }
 
-template <int N>
-void multiply_shared(float (&sums)[N], const SharedRows& a, const SharedRows& b, bool add) {
-  emulator::issue({sums, 2 * N, false, add, {}, a.at, b.at});
+// Scores: rows are pixels, or, in planes, channels.
+template <int N, typename A, typename B>
+void multiply_pixels(float (&sums)[N], const A& a, const B& b, bool add) {
+  emulator::issue({sums, 2 * N, false, bool(PLANES), add, {}, a, b});
 }
 
-template <int N>
-void multiply_held(float (&sums)[N], const u32 (&a)[4], const SharedRows& b, bool add) {
-  emulator::issue({sums, 2 * N, true, add, {a[0], a[1], a[2], a[3]}, 0, b.at});
+// Weighted sums of channels.
+template <int N, typename B>
+void multiply_channels(float (&sums)[N], const u32 (&a)[4], const B& b, bool add) {
+  emulator::issue({sums, 2 * N, true, !PLANES, add, {a[0], a[1], a[2], a[3]}, {}, b});
 }
 
 template <int N>

@@ -15,11 +15,14 @@ from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
 from image_local_attention.kernels.native.walk import WalkPlan
+from image_local_attention.kernels.native.walk import table as walks
 from test_native import heads_for, kinds, noting
 
-SIZE, SIZE_TO_WALK = (11, 24), (59, 13)
+SIZE, SIZE_TO_WALK = (11, 24), (59, 24)
 WALKS = [
-    ("grad_key_value", plan.Form("half", False), table.Row(64, k, WalkPlan(slots))) for k, slots in ((21, 6), (13, 5))
+    (task, plan.Form("half", planes), table.Row(64, row.kernel, row.plan))
+    for (task, planes), rows in walks()
+    for row in rows
 ]
 
 

@@ -76,6 +76,7 @@ KERNEL_LAW = {
         "kernels.native.compiled",
         "kernels.native.driver",
         "kernels.native.plan",
+        "kernels.native.products",
     },
     "kernels.bias": _TILE | {"kernels.table", "kernels.terms"},
     "kernels.possible": {"kernels.gpu", "kernels.plan"},

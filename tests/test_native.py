@@ -13,7 +13,6 @@ from conftest import CUDA
 from image_local_attention.kernels import gpu, native
 from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels.native import driver, launch, nvrtc, plan, table
-from image_local_attention.kernels.native.walk import Walk, WalkPlan
 from image_local_attention.maps import empty_heads, split_heads
 from image_local_attention.rules import Rules
 from image_local_attention.window import Window
@@ -32,12 +31,12 @@ def heads_for(task: str, form: plan.Form, row: table.Row) -> int:
 
 
 def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo and to share it, and tiles of few rows or more."""
+    """A row of the table for each task, form, way to hold the halo and to share it, and place and height of tiles."""
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(task, form, row), row.depth, form)
         shares = row.plan.units, row.plan.shared_by, group
-        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.tile[0] > 4
+        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.shifted, row.plan.tile[0] > 4
         found.setdefault(kind, (task, form, row))
     return list(found.values())
 
@@ -127,10 +126,12 @@ def agreement(compiled: launch.Compiled) -> str:
     }.get(compiled.task, "0")
     last = {"forward": "flip", "grad_query": "flip", "grad_key_value": "after_grad_query"}.get(compiled.task, "scale")
     arguments = launch.ARGUMENTS[compiled.task]
-    maps = "+".join(f"sizeof({'KeptMap' if kept else 'TensorMap'})" for kept in arguments.kept)
+    maps = ["KeptMap" if kept else "TensorMap" for kept in arguments.kept]
+    maps[len(maps) - arguments.results :] = ["ResultMap"] * arguments.results
+    room = "+".join(f"sizeof({kind})" for kind in maps)
     facts = (
         f"PAIRS == {compiled.shape.pairs}",
-        f"__builtin_offsetof(Arguments, {last}) + 4 == {maps} + {struct.calcsize(arguments.numbers)}",
+        f"__builtin_offsetof(Arguments, {last}) + 4 == {room} + {struct.calcsize(arguments.numbers)}",
         f"Halos::ROOM + {tiles} * Kept::ROOM + Halos::BARRIERS + {pixels} == {compiled.shared}",
     )
     return "".join(f'\nstatic_assert({fact}, "");' for fact in facts)
@@ -240,10 +241,29 @@ def test_windows_that_slide_over_channels_last_halves_are_served(anywhere):
 
 def test_windows_that_slide_over_planes_of_halves_are_served(anywhere):
     served = asked(layout="contiguous", size=(9, 16))
-    assert (served.form.planes, served.group, served.shape.pad) == (True, 1, 5)
+    assert (served.form.planes, served.group) == (True, 1)
     assert asked(layout="chunks", size=(9, 16)) == served
-    assert asked(layout="contiguous", size=(9, 16), kernel=(7, 9)).shape.pad == 4
-    assert served._replace(task="grad_key_value", lead=(3, 0)).shape.pad == 2
+
+
+def test_halos_of_planes_begin_with_whole_vectors(anywhere):
+    """By columns that are not seen, or by tiles that begin before the map, if subtiles see fewer blocks then."""
+
+    def begin(shifted, kernel, task="forward", lead=None):
+        width, (_, cols) = plan.Plan((4, 32), 8, 1, 1, shifted=shifted), kernel
+        held = plan.shape(task, width, kernel, cols // 2 if lead is None else lead, plan.Form("half", True))
+        return held.pad, held.before, held.offset, held.seen[1]
+
+    assert begin(False, (7, 7)) == (5, 0, 0, 24)
+    assert begin(True, (7, 7)) == (0, 5, 3, 16)
+    assert begin(True, (3, 9)) == (0, 4, 4, 16)
+    assert begin(True, (21, 21)) == (0, 6, 2, 32)
+    assert begin(True, (13, 13)) == (2, 0, 0, 24)  # 3 blocks in any case
+    assert begin(True, (7, 7), lead=6) == (2, 0, 0, 16)
+    assert begin(True, (7, 7), "similarity") == (5, 0, 0, 24)  # whose rows of weights begin with whole vectors
+    served = asked(layout="contiguous", size=(9, 64))
+    assert (served.shape.before, served.plan.tile[1]) == (5, 64)
+    assert served.grid(2, 1, 9, 64)[0] == 2
+    assert served.grid(2, 1, 9, 56)[0] == 1
 
 
 def test_windows_that_slide_over_floats_are_served(anywhere):
@@ -265,36 +285,6 @@ def test_launches_begin_early_where_little_goes_through_the_l1_cache(anywhere):
     assert not asked(kernel=(5, 9), **floats).early
     assert not asked(depth=64, layout="contiguous", size=(9, 12), precision="tf32", **floats).early
     assert not any(asked(task=task).early for task in plan.UNFUSED)
-
-
-def walking(kernel=(21, 21), **more):
-    return asked(**{"heads": 1, "depth": 64, "kernel": kernel, "task": "grad_key_value"} | more)
-
-
-def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(anywhere, monkeypatch):
-    assert walking() == Walk("grad_key_value", WalkPlan(), torch.bfloat16, (21, 21), (10, 10), 132)
-    assert walking(heads=3, dtype=torch.float16, causal=(True, False)).lead == (20, 10)
-    assert isinstance(walking((11, 12)), Walk)
-    others = (
-        {"kernel": (10, 21)},
-        {"layout": "contiguous", "size": (9, 16), "kernel": (13, 13)},
-        {"dtype": torch.float32},
-        {"depth": 16},
-        {"task": "grad_query"},
-    )
-    for other in others:
-        assert isinstance(walking(**other), launch.Compiled)
-    monkeypatch.setattr(launch.gpus, "of", lambda device: gpu.Gpu(100, True))
-    launch._native.cache_clear()
-    assert isinstance(walking(), launch.Compiled)
-
-
-def test_blocks_walk_wherever_they_are_asked_to_and_can(anywhere):
-    with native.using("grad_key_value", WalkPlan(5)):
-        assert walking((3, 5)).plan == WalkPlan(5)
-        assert walking(dtype=torch.float32) is None
-        assert walking((9, 23)) is None
-        assert walking((23, 9)) is None
 
 
 @pytest.mark.parametrize("task", plan.UNFUSED)

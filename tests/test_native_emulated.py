@@ -1,5 +1,8 @@
 """The native kernels on a CPU, by `emulated`: one plan of each kind and random problems, each within its budget."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,6 +28,7 @@ from test_native_gpu import (
     operator_of,
     problem,
     served_problems,
+    walking,
 )
 
 pytestmark = [
@@ -72,14 +76,40 @@ def test_units_of_a_warp_and_warps_of_a_unit(task, planes, dtype):
         assert task in ran
 
 
-@pytest.mark.parametrize(("kernel", "late"), [(kernel, i % 2 == 0) for i, kernel in enumerate(WALKED)])
-def test_blocks_that_walk_are_within_their_budgets(kernel, late):
+@pytest.mark.parametrize("task", sorted(FUSED))
+@pytest.mark.parametrize("columns", [3, 5, 7, 9])
+def test_tiles_that_begin_before_the_map(task, columns):
+    """By one to seven columns, on maps of one tile and of several."""
+    plans = Plan((4, 16), 4, 1, 2, shifted=True), Plan((8, 24), 6, 1, 1, band=2, slots=2, units=2, shifted=True)
+    for i, (held, size) in enumerate(itertools.product(plans, ((5, 8), (9, 40)))):
+        each = problem(1, 32, size, (4, columns), batch=2, layouts=("contiguous",) * 4, scale=-0.1 if i % 2 else None)
+        with native.using(task, held), emulated(late=i > 1) as ran:
+            check(ATTENTION, each, TRITON, torch.bfloat16 if i % 2 else torch.float16)
+        assert task in ran
+
+
+@pytest.mark.parametrize(("walked", "late"), [(each, i % 2 == 0) for i, each in enumerate(WALKED) if not each[0]])
+def test_blocks_that_walk_are_within_their_budgets(walked, late):
     """On maps of many tiles to a block and a remainder, of three, two and one, which leaves a group without any."""
+    _, kernel, _ = walked
     for slots, size, heads in (6, (35, 2), 1), (5, (18, 9), 1), (4, (11, 2), 1), (6, (5, 3), 2):
         each = problem(heads, 64, size, kernel, batch=heads, causal=(late, False), scale=-0.1 if late else None)
-        with native.using("grad_key_value", WalkPlan(slots)), emulated(late) as ran:
+        with walking(False, WalkPlan(slots=slots)), emulated(late) as ran:
             check(ATTENTION, each, TRITON, torch.float16 if slots == 5 else torch.bfloat16)
         assert "grad_key_value" in ran
+
+
+@pytest.mark.parametrize(("walked", "late"), [(each, i % 2 == 0) for i, each in enumerate(WALKED) if each[0]])
+def test_blocks_that_walk_over_planes_are_within_their_budgets(walked, late):
+    """Of two groups and of three, on maps of several tiles each way and of one."""
+    _, kernel, plan = walked
+    for groups, size in (2, (27, 16)), (3, (6, 8)):
+        each = problem(
+            1, 64, size, kernel, causal=(False, late), scale=-0.1 if late else None, layouts=("contiguous",) * 4
+        )
+        with walking(True, replace(plan, groups=groups)), emulated(late) as ran:
+            check(ATTENTION, each, TRITON, torch.float16 if groups == 2 else torch.bfloat16)
+        assert set(ran) == FUSED
 
 
 # What is left to Triton runs under its interpreter, which has no bf16.

@@ -2,6 +2,8 @@
 
 import functools
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import CUDA, Target
 from image_local_attention import local_aggregate, local_attention, local_similarity
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import launch, plan, table
+from image_local_attention.kernels.native import launch, plan, table, walk
 from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
@@ -24,7 +26,10 @@ HALVES = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
-WALKED = (21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6)  # by blocks that walk, of every width of halos
+# By blocks that walk: whether columns lie side by side, windows of every width of halos and place of tiles, and plans.
+WALKED = [(False, kernel, WalkPlan()) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
+WALKED += [(True, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (3, 8), (6, 25), (1, 3))]
+WALKED += [(True, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
 
 TRITON = Target("triton", "cuda")
 FUSED = {"forward", "grad_query", "grad_key_value"}
@@ -178,12 +183,35 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
 
 
 BANDS = [job for job in table.rows() if job[2].plan.band]
-WALK = "grad_key_value", plan.Form("half", False), table.Row(64, 21, WalkPlan())
+WALKS = [
+    (task, plan.Form("half", planes), table.Row(64, row.kernel, row.plan))
+    for (task, planes), rows in walk.table()
+    for row in rows
+]
+
+
+def walk_name(job) -> str:
+    task, form, row = job
+    return f"walk-{task}-{'planes' if form.planes else 'rows'}-k{row.kernel}"
+
+
+@contextmanager
+def walking(planes: bool, held: WalkPlan) -> Iterator[None]:
+    """Within, blocks walk wherever they can, under this plan."""
+    with ExitStack() as stack:
+        for task in FUSED if planes else ("grad_key_value",):
+            stack.enter_context(native.using(task, held))
+        yield
+
+
+def walked_name(walked) -> str:
+    planes, (h, w), held = walked
+    return f"{'planes' if planes else 'rows'}-{h}x{w}-{held.tile[0]}x{held.tile[1]}"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("job", [*BANDS, WALK], ids=[*map(row_name, BANDS), "walk"])
+@pytest.mark.parametrize("job", BANDS + WALKS, ids=[*map(row_name, BANDS), *map(walk_name, WALKS)])
 def test_bands_are_read_before_others_take_their_place(job, served):
     """Bands of a map with many tiles: results are the same every time, and those of portable kernels."""
     task, form, row = job
@@ -312,26 +340,29 @@ def test_maps_past_two_to_the_31_elements(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("kernel", WALKED, ids=lambda kernel: f"{kernel[0]}x{kernel[1]}")
+@pytest.mark.parametrize("walked", WALKED, ids=walked_name)
 @pytest.mark.usefixtures("poison")
-def test_blocks_that_walk_are_within_their_budgets(kernel, served, monkeypatch):
+def test_blocks_that_walk_are_within_their_budgets(walked, served, monkeypatch):
     """With few tiles to a block, and, as if there were few multiprocessors, with many."""
-    for multiprocessors, size, heads, dtype in (132, (11, 19), 2, torch.float16), (2, (27, 13), 1, torch.bfloat16):
+    planes, kernel, held = walked
+    layouts = ("contiguous" if planes else "channels_last",) * 4
+    for multiprocessors, size, heads, dtype in (132, (11, 24), 2, torch.float16), (2, (27, 16), 1, torch.bfloat16):
         monkeypatch.setattr(launch, "_multiprocessors", lambda device, count=multiprocessors: count)
         launch._native.cache_clear()
-        with native.using("grad_key_value", WalkPlan()):
-            check(ATTENTION, problem(heads, 64, size, kernel, batch=heads), TRITON, dtype)
+        with walking(planes, held):
+            check(ATTENTION, problem(heads, 64, size, kernel, batch=heads, layouts=layouts), TRITON, dtype)
     launch._native.cache_clear()
-    assert "grad_key_value" in served
+    assert set(served) >= FUSED
 
 
 @pytest.mark.gpu
 @pytest.mark.hunt
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
 @pytest.mark.usefixtures("poison")
-def test_random_problems_of_blocks_that_walk(dtype, served):
-    walked = served_problems(dtype, depths=(64,), ways=(False,))
-    with native.using("grad_key_value", WalkPlan()):
-        for_each(walked, 20, f"walk {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
+def test_random_problems_of_blocks_that_walk(planes, dtype, served):
+    problems = served_problems(dtype, depths=(64,), ways=(planes,))
+    with walking(planes, WalkPlan((8, 8), 2, 8) if planes else WalkPlan()):
+        for_each(problems, 20, f"walk {planes} {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
     assert "grad_key_value" in served

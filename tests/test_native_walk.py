@@ -8,35 +8,53 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_local_attention.kernels.native import nvrtc, walk
+from image_local_attention.kernels import gpu, native
+from image_local_attention.kernels.native import launch, nvrtc, walk
 from image_local_attention.kernels.native.compiled import ARGUMENTS
 from image_local_attention.kernels.native.walk import Walk, WalkPlan
-from test_native import NVRTC, SHARED, needs_nvrtc
+from test_native import NVRTC, SHARED, anywhere, asked, needs_nvrtc  # noqa: F401
 
 WAITING = "serialized"  # of products, in what compilers say
 
 
-def compiled_for(kernel, slots=6, dtype=torch.bfloat16) -> Walk:
-    return Walk("grad_key_value", WalkPlan(slots), dtype, kernel, (kernel[0] // 2, kernel[1] // 2), 132)
+FUSED = "forward", "grad_query", "grad_key_value"
+
+
+def compiled_for(kernel, plan=None, task="grad_key_value", planes=False, dtype=torch.bfloat16) -> Walk:
+    return Walk(task, plan or WalkPlan(), planes, dtype, kernel, (kernel[0] // 2, kernel[1] // 2), 132)
+
+
+def built(compiled: Walk, source: str | None = None) -> tuple[bytes, str]:
+    return nvrtc.build(source or compiled.source, ("--gpu-architecture=sm_90a", *compiled.options))
+
+
+def jobs() -> list:
+    """Every row of the table at the least and the widest window, and windows of every width of halos."""
+    rows = [(*key, row.plan, side) for key, of in walk.table() for row in of for side in (row.least, row.kernel)]
+    rows += [("grad_key_value", False, WalkPlan(), side) for side in range(1, 22, 4)]
+    rows += [(task, True, WalkPlan((8, 8), 2, 8, 2), side) for task in FUSED for side in (3, 8, 12)]
+    return [(*job, (torch.bfloat16, torch.float16)[i % 2]) for i, job in enumerate(dict.fromkeys(rows))]
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("side", range(1, 22, 4))
-def test_kernels_of_every_width_compile_and_do_not_wait_for_each_product(side, dtype, monkeypatch):
+@pytest.mark.parametrize(("task", "planes", "plan", "side", "dtype"), jobs(), ids=str)
+def test_kernels_compile_and_do_not_wait_for_each_product(task, planes, plan, side, dtype, monkeypatch):
     """Compilers say where they make each product wait for the one before."""
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
-    compiled = compiled_for((side, side), dtype=dtype)
-    numbers = struct.calcsize(ARGUMENTS[compiled.task].numbers)
+    compiled = compiled_for((side, side), plan, task, planes, dtype)
+    arguments = ARGUMENTS[task]
+    numbers, last = struct.calcsize(arguments.numbers), "after_grad_query" if task == "grad_key_value" else "flip"
+    inputs = len(arguments.kept) - arguments.results
     agreement = (
         f'\nstatic_assert(ROOM == {compiled.shared}, "");'
-        "\nconstexpr int MAPS = 4 * sizeof(TensorMap) + 2 * sizeof(StridedMap<Number>);"
-        f'\nstatic_assert(__builtin_offsetof(Arguments, after_grad_query) + 4 == MAPS + {numbers}, "");'
+        f"\nconstexpr int MAPS = {inputs} * sizeof(TensorMap) + {arguments.results} * sizeof(StridedMap<Number>);"
+        f'\nstatic_assert(__builtin_offsetof(Arguments, {last}) + 4 == MAPS + {numbers}, "");'
     )
-    cubin, log = nvrtc.build(compiled.source + agreement, ("--gpu-architecture=sm_90a", *compiled.options))
+    cubin, log = built(compiled, compiled.source + agreement)
     assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= 64
     assert WAITING not in log
     assert compiled.shared <= SHARED
+    assert compiled.fits
 
 
 @needs_nvrtc
@@ -44,8 +62,8 @@ def test_compilers_say_where_products_wait(monkeypatch):
     """With fewer registers than the widest kernel asks for."""
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
     compiled = compiled_for((21, 21))
-    source = compiled.source.replace("more_registers<240>", "more_registers<200>")
-    assert WAITING in nvrtc.build(source, ("--gpu-architecture=sm_90a", *compiled.options))[1]
+    source = compiled.source.replace("more_registers<REGISTERS>", "more_registers<200>")
+    assert WAITING in built(compiled, source)[1]
 
 
 @needs_nvrtc
@@ -53,10 +71,30 @@ def test_windows_too_tall_for_the_bands_that_are_held_do_not_compile(monkeypatch
     """A group would wait for a band that comes only when it lets go of another."""
     monkeypatch.setattr(nvrtc, "library", lambda: NVRTC)
     for kernel, slots in ((33, 11), 6), ((29, 11), 5):
-        compiled, taller = compiled_for(kernel, slots), compiled_for((kernel[0] + 1, 11), slots)
-        assert nvrtc.build(compiled.source, ("--gpu-architecture=sm_90a", *compiled.options))[0]
+        plan = WalkPlan(slots=slots)
+        compiled, taller = compiled_for(kernel, plan), compiled_for((kernel[0] + 1, 11), plan)
+        assert compiled.fits
+        assert not taller.fits
+        assert built(compiled)[0]
         with pytest.raises(nvrtc.CompileError, match="a tile's last band"):
-            nvrtc.build(taller.source, ("--gpu-architecture=sm_90a", *taller.options))
+            built(taller)
+
+
+def test_windows_fit_whose_halo_is_no_wider_than_a_copy():
+    for tile, widest in ((8, 8), 25), ((4, 16), 17):
+        assert compiled_for((9, widest), WalkPlan(tile, 2), "forward", planes=True).fits
+        assert not compiled_for((9, widest + 1), WalkPlan(tile, 2), "forward", planes=True).fits
+    assert not compiled_for((9, 9), WalkPlan((4, 16), 8), "forward", planes=True).fits  # tiles begin with a band
+
+
+def test_tiles_of_planes_begin_where_halos_can():
+    """On whole vectors of 8 columns; a kept map's tile is copied from such a one on."""
+    compiled = compiled_for((15, 21), WalkPlan((8, 8), 2), "forward", planes=True)
+    assert (compiled.before, compiled.kept_box, compiled.halo) == (6, (8, 16), (2, 32))
+    assert compiled_for((17, 17), WalkPlan((4, 16), 2), "forward", planes=True).kept_box == (4, 16)
+    assert compiled_for((17, 17), WalkPlan((4, 16), 2), "forward", planes=True).before == 8
+    assert compiled.grid(1, 3, 8, 64)[0] == 3 * 9
+    assert compiled_for((21, 21)).before == 0
 
 
 @given(st.integers(1, 400), st.integers(1, 3000), st.integers(1, 160))
@@ -71,3 +109,50 @@ def test_blocks_share_the_multiprocessors_evenly():
     assert walk.parts(16, 16 * 64, 132) == 1
     assert walk.parts(64, 132, 132) == 1
     assert compiled_for((21, 21)).grid(8, 2, 500, 333) == (2 * 42, walk.parts(63, 2 * 42 * 8, 132), 8)
+
+
+def walking(kernel=(21, 21), **more):
+    return asked(**{"heads": 1, "depth": 64, "kernel": kernel, "task": "grad_key_value"} | more)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(monkeypatch):
+    assert walking() == Walk("grad_key_value", WalkPlan(), False, torch.bfloat16, (21, 21), (10, 10), 132)
+    assert walking(heads=3, dtype=torch.float16, causal=(True, False)).lead == (20, 10)
+    assert isinstance(walking((11, 12)), Walk)
+    others = (
+        {"kernel": (10, 21)},
+        {"layout": "contiguous", "size": (9, 16), "kernel": (13, 13)},
+        {"dtype": torch.float32},
+        {"depth": 16},
+        {"task": "grad_query"},
+    )
+    for other in others:
+        assert isinstance(walking(**other), launch.Compiled)
+    monkeypatch.setattr(launch.gpus, "of", lambda device: gpu.Gpu(100, True))
+    launch._native.cache_clear()
+    assert isinstance(walking(), launch.Compiled)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_blocks_walk_over_wide_windows_of_planes():
+    planes = {"layout": "contiguous", "size": (9, 16)}
+    for task, least in ("forward", 15), ("grad_query", 15), ("grad_key_value", 17):
+        assert walking((least, 17), task=task, **planes).plan.tile == (4, 16)
+        assert walking((least, 18), task=task, **planes).plan.tile == (8, 8)
+        assert walking((21, 21), task=task, causal=(True, False), **planes).lead == (20, 10)
+        assert isinstance(walking((least - 1, 21), task=task, **planes), launch.Compiled)
+        assert isinstance(walking((21, 21), task=task, depth=16, **planes), launch.Compiled | None)
+        assert walking((21, 22), task=task, **planes) is None
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_blocks_walk_wherever_they_are_asked_to_and_can():
+    with native.using("grad_key_value", WalkPlan(slots=5)):
+        assert walking((3, 5)).plan == WalkPlan(slots=5)
+        assert walking((30, 9)) is None
+        assert walking((9, 26)) is None
+        assert walking(dtype=torch.float32) is None
+        assert walking(depth=32) is None
+    with native.using("forward", WalkPlan()):
+        assert walking(task="forward") is None

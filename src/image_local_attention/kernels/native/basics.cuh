@@ -20,3 +20,22 @@ struct alignas(64) StridedMap {
   Number* data;
   long long image, channel, row, column;  // steps
 };
+
+// The product of two pairs of halves: of the first ones plus of the second ones.
+INLINE float product_of_two(u32 a, u32 b) {
+  float a0, a1, b0, b1;
+  unpack_halves<BF16>(a0, a1, a);
+  unpack_halves<BF16>(b0, b1, b);
+  return fmaf(a0, b0, a1 * b1);
+}
+
+// The sum, and the maximum, over the four lanes that share a row.
+INLINE float sum_of_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+INLINE float most_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}

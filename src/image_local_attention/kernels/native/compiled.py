@@ -10,24 +10,26 @@ from torch import Tensor
 
 from ..integers import cdiv
 from . import driver
-from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, patterns, shape, shared, unit
+from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, kept_columns, patterns, shape, shared, unit
 
 
 class Arguments(NamedTuple):
     """Of a kernel, as its struct of that name has them: maps, then numbers.
 
     kept: of each map, whether its pixels are kept, else halos are streamed. numbers: their form for `struct.pack`.
+    results: how many of the maps are, the last.
     """
 
     kept: tuple[bool, ...]
     numbers: str
+    results: int = 1
 
 
 ARGUMENTS = {
     "forward": Arguments((True, False, False, True), "<QiiifI"),
     "grad_query": Arguments((True, False, False, True, True, True), "<QQQiiiffI"),
-    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffII"),
-    "similarity": Arguments((True, False), "<Qiiif"),
+    "grad_key_value": Arguments((False, True, True, False, True, True), "<QQiiiffII", 2),
+    "similarity": Arguments((True, False), "<Qiiif", 0),
     "aggregate": Arguments((False, True), "<Qiiif"),
     "aggregate_transpose": Arguments((False, True), "<Qiiif"),
 }
@@ -87,6 +89,8 @@ class Compiled(NamedTuple):
             "SLOTS": plan.slots,
             "PAD": held.pad,
             "SKIP": held.skip,
+            "BEFORE": held.before,
+            "OFFSET": held.offset,
             "TILE_PATTERN": tile_pattern,
             "HALO_PATTERN": halo_pattern,
             "WARPS": plan.warps,
@@ -150,17 +154,23 @@ class Compiled(NamedTuple):
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        channels, form = self.group * self.depth, self.form
+        channels, form, held, arguments = self.group * self.depth, self.form, self.shape, ARGUMENTS[self.task]
         tile, halo = (
             functools.partial(driver.tensor_map, form.axes, box(size, channels, form), pattern)
-            for size, pattern in zip((self.plan.tile, self.shape.band), self.patterns, strict=True)
+            for size, pattern in zip((self._kept_box, held.band), self.patterns, strict=True)
         )
         kept = tile if form.product == "half" else driver.strided_map
-        return tuple(kept if keeps else halo for keeps in ARGUMENTS[self.task].kept)
+        result = driver.strided_map if held.offset else kept
+        maps = [kept if keeps else halo for keeps in arguments.kept]
+        return (*maps[: len(maps) - arguments.results], *[result] * arguments.results)
+
+    @property
+    def _kept_box(self) -> tuple[int, int]:
+        return self.plan.tile[0], kept_columns(self.plan, self.shape)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
         th, tw = self.plan.tile
-        return heads // self.group * cdiv(w, tw), cdiv(h, th), batch
+        return heads // self.group * cdiv(w + self.shape.before, tw), cdiv(h, th), batch
 
 
 def lead_of(task: str, kernel: int, lead: int) -> int:

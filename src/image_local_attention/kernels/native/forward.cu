@@ -3,7 +3,7 @@
 struct Arguments {
   KeptMap query;
   TensorMap key, value;
-  KeptMap out;
+  ResultMap out;
   float* lse;  // [B, heads, H, W], natural
   int height, width, heads;
   float factor;  // of products, positive: to logits
@@ -60,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) forward(const
   const Place at(a.heads, a.height, a.width);
   const Lane l;
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
-  const Kept query(tile, a.query, at, l), out(tile, a.out, at, l);
+  const Kept query(tile, a.query, at, l);
+  const Results out(tile, a.out, at, l);
   wait_for_launches();
   next_may_begin();
   if (l.thread == 0) {

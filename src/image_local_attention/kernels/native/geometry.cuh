@@ -10,7 +10,8 @@
 // some behind; subtiles see a band's columns from their own first one and SKIP on.
 //
 // Where channels lie side by side, or numbers are floats, units are 4x4 pixels, and pixels are seen one by one.
-// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns.
+// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns. Tiles begin BEFORE the map, so
+// that halos begin with such a block.
 //
 // Names in capitals that are not defined here are given when this is compiled.
 
@@ -101,7 +102,7 @@ struct Place {
     }
     const int groups = heads / GROUP, tile_x = column / groups;
     first_head = (column - tile_x * groups) * GROUP;
-    channel = first_head * DEPTH, x = tile_x * TILE_W, y = row * TILE_H, image = blockIdx.z;
+    channel = first_head * DEPTH, x = tile_x * TILE_W - BEFORE, y = row * TILE_H, image = blockIdx.z;
   }
 
   // Where the pixel (y, x) of a head of the group lies in floats [B, heads, H, W].
@@ -126,20 +127,10 @@ struct Rows {
 
   INLINE Rows(const Place& at, const Lane& l, int unit) {
     y = at.y + l.sub_y + row_y(unit, l.group), x = at.x + l.sub_x + row_x(unit, l.group);
-    low_there = x < at.width && y < at.height, high_there = x < at.width && y + NEXT_ROWS < at.height;
+    const bool across = x < at.width && (BEFORE == 0 || x >= 0);
+    low_there = across && y < at.height, high_there = across && y + NEXT_ROWS < at.height;
   }
 };
-
-// The sum, and the maximum, over the four lanes that share a row.
-INLINE float sum_of_row(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-INLINE float most_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
 
 template <int N>
 INLINE void zero(float (&sum)[N][4]) {

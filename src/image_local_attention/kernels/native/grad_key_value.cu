@@ -4,7 +4,7 @@ struct Arguments {
   TensorMap query;
   KeptMap key, value;
   TensorMap grad_out;
-  KeptMap grad_key, grad_value;
+  ResultMap grad_key, grad_value;
   const float *lse, *delta;  // [B, heads, H, W]; lse is natural
   int height, width, heads;
   float factor, scale;  // of products, to logits: the first is positive
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_key_valu
   const Lane l;
   const Halos halos(start, barriers, a.query, a.grad_out, at, KERNEL_H - 1 - LEAD_Y, KERNEL_W - 1 - LEAD_X);
   const Kept key(tile, a.key, at, l), value(tile + Kept::ROOM, a.value, at, l);
-  const Kept grad_key(tile, a.grad_key, at, l), grad_value(tile + Kept::ROOM, a.grad_value, at, l);
+  const Results grad_key(tile, a.grad_key, at, l), grad_value(tile + Kept::ROOM, a.grad_value, at, l);
   if (!a.after_grad_query) wait_for_launches();
   if (l.thread == 0) {
     const u32 barrier = halos.barrier(0, Halos::FIRST);

@@ -4,7 +4,8 @@
 struct Arguments {
   KeptMap query;
   TensorMap key, value;
-  KeptMap grad_out, out, grad_query;
+  KeptMap grad_out, out;
+  ResultMap grad_query;
   const float *lse, *grad_lse;  // [B, heads, H, W]; lse is natural, no grad_lse is zero
   float* delta;                 // [B, heads, H, W]
   int height, width, heads;
@@ -25,7 +26,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) grad_query(co
   const Lane l;
   const Halos halos(start, barriers, a.key, a.value, at, LEAD_Y, LEAD_X);
   const Kept query(tile, a.query, at, l), grad_out(tile + Kept::ROOM, a.grad_out, at, l);
-  const Kept out(tile + 2 * Kept::ROOM, a.out, at, l), grad_query(tile, a.grad_query, at, l);
+  const Kept out(tile + 2 * Kept::ROOM, a.out, at, l);
+  const Results grad_query(tile, a.grad_query, at, l);
   wait_for_launches();
   next_may_begin();
   if (l.thread == 0) {

@@ -1,6 +1,8 @@
 // Maps of halves: fragments and their products, and tiles that are kept in shared memory.
 
-constexpr int TILE_BYTES = TILE_PIXELS * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
+// Columns of a kept map's tile as it is copied: OFFSET before its own, and some behind them.
+constexpr int KEPT_W = TILE_W + (OFFSET ? 8 : 0);
+constexpr int TILE_BYTES = TILE_H * KEPT_W * CHANNELS * 2, TILE_ROOM = ceil_div(TILE_BYTES, 1024) * 1024;
 static_assert(PARTS == 1, "tiles and bands are copied at once");
 
 using KeptMap = TensorMap;
@@ -64,15 +66,8 @@ INLINE void pack_weights(Weights (&packed)[UNITS], const Number (&p)[UNITS][2][4
       packed[unit].of[i] = p[unit][i / 2][i % 2 * 2] | u32(p[unit][i / 2][i % 2 * 2 + 1]) << 16;
 }
 
-// The product of two pairs of halves: of the first ones plus of the second ones.
-INLINE float product_of_two(u32 a, u32 b) {
-  float a0, a1, b0, b1;
-  unpack_halves<BF16>(a0, a1, a);
-  unpack_halves<BF16>(b0, b1, b);
-  return fmaf(a0, b0, a1 * b1);
-}
-
-// The tile of a kept map, or of results, in shared memory, as a warp sees its subtile.
+// The tile of a kept map, or of results, in shared memory, as a warp sees its subtile. Matrices are loaded at once where
+// their rows lie on whole vectors, else number by number.
 struct Kept {
   static constexpr int ROOM = TILE_ROOM;
 
@@ -86,7 +81,7 @@ struct Kept {
   // By one thread, which the barrier still waits for.
   INLINE void copy_in(u32 barrier) const {
     barrier_expect_more(barrier, TILE_BYTES);
-    ::copy_in(tile, map, barrier, at.channel, at.x, at.y, at.image);
+    ::copy_in(tile, map, barrier, at.channel, at.x - OFFSET, at.y, at.image);
   }
 
   // By one thread, when all have stored what is theirs.
@@ -100,13 +95,30 @@ struct Kept {
     return at_step<TILE_W, TILE_PATTERN>(swizzled(tile + bytes, TILE_PATTERN), step);
   }
 
+  // A lane's register of a unit's fragments, of planes.
+  INLINE u32 word(int unit, int step, int i) const {
+    const int number = l.group + i % 2 * 8, channel = 16 * step + i / 2 * 8 + 2 * l.member;
+    const int y = l.sub_y + row_y(unit, number), x = l.sub_x + row_x(unit, number) + OFFSET;
+    const u32 first = tile + ((y * CHANNELS + channel) * KEPT_W + x) * 2;
+    return load_half(first) | load_half(first + 2 * KEPT_W) << 16;
+  }
+
+  INLINE void fragment(u32 (&of)[4], int unit, int step) const {
+    if (OFFSET == 0) {
+      load_matrices<PLANES>(of, row(unit, step));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) of[i] = word(unit, step, i);
+  }
+
   // flip: the sign bits of two halves, or 0
   INLINE void load(Fragments (&kept)[UNITS], int head, u32 flip = 0) const {
 #pragma unroll
     for (int unit = 0; unit < UNITS; unit++)
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        load_matrices<PLANES>(kept[unit].of[step], row(unit, head * STEPS + step));
+        fragment(kept[unit].of[step], unit, head * STEPS + step);
 #pragma unroll
         for (int i = 0; i < 4; i++) kept[unit].of[step][i] ^= flip;
       }
@@ -121,7 +133,7 @@ struct Kept {
       for (int step = 0; step < STEPS; step++) {
         u32 mine[4];
         const u32(&of)[4] = other[unit].of[step];
-        load_matrices<PLANES>(mine, row(unit, head * STEPS + step));
+        fragment(mine, unit, head * STEPS + step);
         low += product_of_two(of[0], mine[0]) + product_of_two(of[2], mine[2]);
         high += product_of_two(of[1], mine[1]) + product_of_two(of[3], mine[3]);
       }
@@ -143,6 +155,51 @@ struct Kept {
       }
   }
 };
+
+// Results of planes whose rows begin amid a vector, where no copy can: each lane writes its own.
+struct Scattered {
+  const StridedMap<Number>& map;
+  const Place& at;
+  const Lane& l;
+
+  INLINE Scattered(u32, const StridedMap<Number>& map, const Place& at, const Lane& l) : map(map), at(at), l(l) {}
+
+  INLINE void store(int, const float (&sums)[UNITS][SUMS][4], const Pair (&factors)[UNITS]) const {
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++) {
+      const Rows rows(at, l, unit);
+      Number* low = map.data + at.image * map.image + (at.channel + 2 * l.member) * map.channel;
+      low += rows.y * map.row + rows.x;
+      if (rows.low_there) store(low, sums[unit], 0, factors[unit].low);
+      if (rows.high_there) store(low + NEXT_ROWS * map.row, sums[unit], 2, factors[unit].high);
+    }
+  }
+
+  // first: of the two of a fragment that belong to this row
+  INLINE void store(Number* to, const float (&sums)[SUMS][4], int first, float factor) const {
+#pragma unroll
+    for (int n = 0; n < SUMS; n++, to += 8 * map.channel) {
+      const u32 both = pack(sums[n][first] * factor, sums[n][first + 1] * factor);
+      to[0] = both, to[map.channel] = both >> 16;
+    }
+  }
+};
+
+template <bool SCATTERED>
+struct ResultsOf {
+  using Map = TensorMap;
+  using Type = Kept;
+};
+template <>
+struct ResultsOf<true> {
+  using Map = StridedMap<Number>;
+  using Type = Scattered;
+};
+using ResultMap = ResultsOf<(OFFSET > 0)>::Map;
+using Results = ResultsOf<(OFFSET > 0)>::Type;
+
+INLINE void copy_out_all(const Lane&, const Scattered&) {}
+INLINE void copy_out_all(const Lane&, const Scattered&, const Scattered&) {}
 
 // Writes tiles, of which all warps have stored theirs, to their maps.
 template <typename... Tiles>

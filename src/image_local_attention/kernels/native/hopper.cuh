@@ -1,19 +1,40 @@
 // Instructions of sm_90 alone: products that four warps, a group, take together and that run beside what follows them.
-// The products themselves, whose operands are as many as they are wide, are written by `walk.py`.
+// The products themselves, whose operands are as many as they are wide, are written by `products.py`.
 
-// Where rows of 128 bytes begin that a copy swizzled, as products take it: 8 rows are a pattern, and patterns follow each
-// other.
+// Where rows of PATTERN bytes begin that a copy swizzled, as products take them: 8 rows are a pattern, and patterns follow
+// each other. What is wider than a row goes on NEXT bytes later.
+template <int PATTERN, int NEXT = 16>
 struct SharedRows {
-  u32 low;  // of a descriptor: address / 16, and above it what is 1 for swizzled rows
+  static constexpr u32 HIGH = (PATTERN == 128 ? 1u : PATTERN == 64 ? 2u : 3u) << 30 | 8 * PATTERN / 16;
 
-  INLINE explicit SharedRows(u32 address) : low(1u << 16 | address >> 4) {}
+  u32 low;  // of a descriptor: address / 16, and above it NEXT / 16
+
+  INLINE explicit SharedRows(u32 address) : low(u32(NEXT / 16) << 16 | address >> 4) {}
   INLINE SharedRows later(int bytes) const {
     SharedRows other = *this;
     other.low += bytes / 16;
     return other;
   }
-  INLINE u64 descriptor() const { return u64(0x40000040) << 32 | low; }
+  INLINE u64 descriptor() const { return u64(HIGH) << 32 | low; }
 };
+
+// The same of numbers that no copy swizzled, whose rows are of the inner axis: blocks of 8 rows of 16 bytes. The next 8
+// rows follow, the next 8 columns come NEXT bytes later.
+template <int NEXT>
+struct SharedBlocks {
+  u32 low;
+
+  INLINE explicit SharedBlocks(u32 address) : low(128u / 16 << 16 | address >> 4) {}
+  INLINE SharedBlocks later(int bytes) const {
+    SharedBlocks other = *this;
+    other.low += bytes / 16;
+    return other;
+  }
+  INLINE u64 descriptor() const { return u64(NEXT / 16) << 32 | low; }
+};
+
+// Waits for the other threads of a group of four warps.
+INLINE void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // Before products whose registers were written.
 INLINE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,5 +1,5 @@
 // Instructions of the GPU that CUDA C++ has no names for. Those of sm_90 alone are in `hopper.cuh`, and their products in
-// what `walk.py` writes; nothing else here is assembly. Addresses are those of shared memory.
+// what `products.py` writes; nothing else here is assembly. Addresses are those of shared memory.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -84,6 +84,12 @@ INLINE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" 
 // Waits until all that was launched before has ended: a launch may begin earlier.
 INLINE void wait_for_launches() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+INLINE u32 load_half(u32 address) {
+  unsigned short x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address));
+  return x;
+}
+
 INLINE void load(u32 (&x)[1], u32 address) { asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[0]) : "r"(address)); }
 
 INLINE void load(u32 (&x)[2], u32 address) {
@@ -94,6 +100,11 @@ INLINE void load(u32 (&x)[4], u32 address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(address));
+}
+
+INLINE void store(u32 address, const u32 (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 // Four 8x8 matrices of 16 bits whose rows lie at the lanes' addresses; `ACROSS` are transposed.

@@ -117,13 +117,16 @@ def _native(
     gpu = gpus.of(device)
     form, pixels = Form(gpu.product(dtype, precision), way == "planes"), batch * heads * h * w
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
-    if walk.serves(task, form, depth, kernel, gpu.arch) and batch <= MOST_PROGRAMS:
-        plan = forced or walk.choose(kernel)
+    limit = _shared_limit(device)
+    if walk.serves(task, form, depth, gpu.arch) and batch <= MOST_PROGRAMS:
+        plan = forced or walk.choose(task, form.planes, kernel)
         if isinstance(plan, walk.WalkPlan):
-            return Native(walk.Walk(task, plan, dtype, kernel, lead, _multiprocessors(device)), device)
-    elif isinstance(forced, walk.WalkPlan):
+            walks = walk.Walk(task, plan, form.planes, dtype, kernel, lead, _multiprocessors(device))
+            if walks.fits and walks.shared <= limit:
+                return Native(walks, device)
+    if isinstance(forced, walk.WalkPlan):
         return None
-    seen_lead, limit = lead_of(task, kernel[1], lead[1]), _shared_limit(device)
+    seen_lead = lead_of(task, kernel[1], lead[1])
     plan = forced or table.choose(task, form, heads, depth, pixels, kernel, seen_lead, limit)
     if plan is None or max(batch, cdiv(h, plan.tile[0])) > MOST_PROGRAMS:
         return None

@@ -13,6 +13,7 @@ _PATTERN = 1024  # bytes after which a swizzle's pattern begins anew
 _PART = 128  # bytes that are swizzled together at most
 _BARRIERS = 32  # bytes of a slot
 _VECTOR = 16  # bytes, of which copies are multiples
+_BLOCK = 8  # columns of halves: a vector
 _TILES = {"grad_query": 3, "grad_key_value": 2}  # that halves keep in shared memory, else one
 UNFUSED = "similarity", "aggregate", "aggregate_transpose"  # tasks over weights, which stream one map
 
@@ -51,7 +52,9 @@ class Plan:
     pixel_bytes: of a pixel's heads that share a block, at most; one head may be deeper. Where columns lie side by side,
     it is one head. band: rows of the halo that are copied at once, 0 for all; slots: bands held at once. units: of 16
     pixels that a warp takes, one or two, which share what is read of a halo but hold twice as many registers.
-    shared_by: warps that take turns at the bands that a subtile sees, in similarity alone.
+    shared_by: warps that take turns at the bands that a subtile sees, in similarity alone. shifted: tiles over
+    planes of halves begin so that a subtile sees fewer blocks of columns, if it does then; kept maps are then read, and
+    results written, number by number.
     """
 
     tile: tuple[int, int]
@@ -63,6 +66,7 @@ class Plan:
     slots: int = 1
     units: int = 1
     shared_by: int = 1
+    shifted: bool = False
 
     def group(self, heads: int, depth: int, form: Form) -> int:
         """Heads of a block."""
@@ -77,7 +81,8 @@ class Shape(NamedTuple):
 
     sub: of a warp's subtile. seen: what a subtile sees. band: what is copied at once, one of `bands`, with columns that
     are copied for the sake of addresses: `pad` before those that are seen, and more behind them. Subtiles see all
-    columns of a band from `skip` on.
+    columns of a band from `skip` on. before: columns before the map where the first tile begins, for halos to need no
+    pad; a kept map's tile is then copied with as many columns before it as it lies past a vector.
     """
 
     sub: tuple[int, int]
@@ -86,6 +91,12 @@ class Shape(NamedTuple):
     bands: int
     pad: int
     skip: int
+    before: int
+
+    @property
+    def offset(self) -> int:
+        """Columns from the last whole vector to a tile."""
+        return -self.before % _BLOCK
 
     @property
     def pairs(self) -> int:
@@ -103,17 +114,24 @@ def shape(task: str, plan: Plan, kernel: tuple[int, int], lead: int, form: Form)
     """lead: columns from the first that a pixel sees to its own."""
     (th, tw), (kh, kw) = plan.tile, kernel
     blocks, sub = _in_blocks(form), _subtile(task, plan, form)
-    pad = -lead % form.vector if form.planes else 0
+    before = _before(kw, sub[1], lead) if plan.shifted and blocks and task not in UNFUSED else 0
+    pad = (-lead - before) % form.vector if form.planes else 0
     skip = 0 if blocks else pad // 2 * 2  # pairs of columns are loaded at once
     seen_h, seen_w = kh + sub[0] - 1, pad - skip + kw + sub[1] - 1
     if form.planes:
-        seen_w = cdiv(seen_w, 8 if blocks else 2) * (8 if blocks else 2)
+        seen_w = cdiv(seen_w, _BLOCK if blocks else 2) * (_BLOCK if blocks else 2)
     rows, cols = plan.band or th + kh - 1, skip + tw - sub[1] + seen_w
     if form.planes:
         cols = cdiv(cols, form.vector) * form.vector
         if not blocks:
             rows, cols = _apart(rows, cols, not plan.band)
-    return Shape(sub, (seen_h, seen_w), (rows, cols), cdiv(th + kh - 1, rows), pad, skip)
+    return Shape(sub, (seen_h, seen_w), (rows, cols), cdiv(th + kh - 1, rows), pad, skip, before)
+
+
+def _before(kernel: int, sub: int, lead: int) -> int:
+    """Columns before the map where the first tile is to begin: if a subtile sees fewer blocks of columns then."""
+    seen, pad = kernel + sub - 1, -lead % _BLOCK
+    return pad if cdiv(seen, _BLOCK) < cdiv(pad + seen, _BLOCK) else 0
 
 
 def _in_blocks(form: Form) -> bool:
@@ -150,7 +168,7 @@ def patterns(plan: Plan, held: Shape, channels: int, form: Form) -> tuple[int, i
     if form.product != "half":
         return 16, 16 if form.planes else min(_PART, channels * form.element)
     if form.planes:
-        return _pattern(2 * plan.tile[1]), _pattern(2 * held.band[1])
+        return 16 if held.offset else _pattern(2 * plan.tile[1]), _pattern(2 * held.band[1])
     return 2 * channels, 2 * channels
 
 
@@ -186,13 +204,18 @@ def shared(task: str, plan: Plan, group: int, depth: int, kernel: tuple[int, int
     pixel = group * depth * form.element
     parts = 1 if form.planes else cdiv(pixel, _PART)
     band = parts * _whole_patterns(rows * cols * pixel // parts)
-    tile = _whole_patterns(plan.tile[0] * plan.tile[1] * pixel) if form.product == "half" else 0
+    tile = _whole_patterns(plan.tile[0] * kept_columns(plan, held) * pixel) if form.product == "half" else 0
     queries = held.bands * rows * cols * group * _query_bytes(form) if task == "grad_key_value" else 0
     weights = 0
     if task in ("similarity", "aggregate"):
         weights = plan.tile[0] * plan.tile[1] * group * kernel[0] * kernel[1] * form.element
     bands = plan.slots * (halo_maps(task) * band + _BARRIERS)
     return bands + _TILES.get(task, 1) * tile + queries + weights
+
+
+def kept_columns(plan: Plan, held: Shape) -> int:
+    """Of a kept map's tile, as it is copied."""
+    return plan.tile[1] + (_BLOCK if held.offset else 0)
 
 
 def _query_bytes(form: Form) -> int:

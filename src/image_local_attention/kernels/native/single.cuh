@@ -199,6 +199,9 @@ struct Kept {
   }
 };
 
+using ResultMap = KeptMap;
+using Results = Kept;
+
 template <typename... Maps>
 INLINE void copy_out_all(const Lane&, const Maps&...) {}
 

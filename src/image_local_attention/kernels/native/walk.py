@@ -1,7 +1,7 @@
 """Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they serve and hold."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,34 +10,32 @@ from torch import Tensor
 
 from ..integers import cdiv
 from . import driver
-from .compiled import options_of, text
+from .compiled import ARGUMENTS, lead_of, options_of, text
 from .plan import Form
+from .products import products
 
 _ARCH = 90  # no other GPU has these products
-_DEPTH = 64  # channels of a head, 128 bytes: a row of a swizzle's pattern
-_SIDE = 8  # of a tile
-_BAND_H = 4
-_GROUPS = 2
+_DEPTH = 64  # channels of a head: where they lie side by side, a row of a swizzle's pattern
 _GROUP_THREADS = 128
-_PIXEL_BYTES = 128
-_BARRIERS = 16  # bytes of a slot
-_QUERY_BYTES = 8  # of log-sum-exp and delta
+_TILE = 64  # pixels
+_BARRIERS = 16  # bytes of a place
 _PATTERN = 1024
-# Sums of bands of wider windows would take more registers than there are. Of those taller than 33, a group would hold
-# more bands, which its next tile sees again, than there are slots beside those that it waits for.
-_LARGEST = 21
-# From which windows on it is faster than the kernel of `table`: milliseconds with delta on an H200, then that kernel's.
-# 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
-# k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014; 128-64-k21 0.0228 : 0.0252.
-_LEAST = 11
-_SHAPE = "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{type}.{type}"
+_VECTOR = 8  # columns, of which copies of planes begin on multiples
+_WIDTH = 32  # columns of bands of planes, whose rows are those of a pattern, and of others at most
 
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """slots: bands of a halo that are held at once."""
+    """Blocks of `groups` of four warps that take turns at tiles, and one that copies.
 
+    tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
+    are held at once.
+    """
+
+    tile: tuple[int, int] = (8, 8)
+    band: int = 4
     slots: int = 6
+    groups: int = 2
 
 
 class Walk(NamedTuple):
@@ -48,15 +46,34 @@ class Walk(NamedTuple):
 
     task: str
     plan: WalkPlan
+    planes: bool
     dtype: torch.dtype
     kernel: tuple[int, int]
     lead: tuple[int, int]
     multiprocessors: int
 
     @property
+    def seen_lead(self) -> tuple[int, int]:
+        """From the first pixel that a kept one sees to it."""
+        return tuple(lead_of(self.task, k, lead) for k, lead in zip(self.kernel, self.lead, strict=True))
+
+    @property
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
-        return _BAND_H, cdiv(_SIDE + self.kernel[1] - 1, 4) * 4
+        seen = self.plan.tile[1] + self.kernel[1] - 1
+        return self.plan.band, max(seen, _WIDTH) if self.planes else cdiv(seen, 4) * 4
+
+    @property
+    def before(self) -> int:
+        """Columns before the map where the first tile begins, for halos to begin on whole vectors."""
+        return -self.seen_lead[1] % self.plan.tile[1] if self.planes else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether a halo is as wide as a copy can be, and a tile's bands come while others are held."""
+        (th, _), (kh, _), plan = self.plan.tile, self.kernel, self.plan
+        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.groups
+        return held and th % plan.band == 0 and self.halo[1] <= _WIDTH
 
     @property
     def name(self) -> str:
@@ -67,12 +84,20 @@ class Walk(NamedTuple):
         """Of NVRTC, but for the architecture."""
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
-            "KERNEL_H": self.kernel[0],
-            "KERNEL_W": self.kernel[1],
-            "LEAD_Y": self.lead[0],
-            "LEAD_X": self.lead[1],
+            "PLANES": int(self.planes),
+            "DEPTH": _DEPTH,
+            "KEPT_MAPS": self.kept_maps,
+            "PRODUCT_MAPS": self.product_maps,
+            "NUMBERS": self.numbers,
+            "BEFORE": self.before,
+            "BAND_H": self.halo[0],
+            "HALO_W": self.halo[1],
             "SLOTS": self.plan.slots,
+            "GROUPS": self.plan.groups,
         }
+        sizes = {"KERNEL": self.kernel, "TILE": self.plan.tile}
+        names |= {f"{name}_{axis}": size for name, both in sizes.items() for axis, size in zip("HW", both, strict=True)}
+        names |= {"SEEN_LEAD_Y": self.seen_lead[0], "SEEN_LEAD_X": self.seen_lead[1]}
         return options_of(names)
 
     @property
@@ -83,13 +108,15 @@ class Walk(NamedTuple):
     def machine(self) -> str:
         """Source of what only a GPU can do."""
         rows, columns = self.halo
-        products = _products(rows * columns, "bf16" if self.dtype == torch.bfloat16 else "f16")
-        return text("instructions.cuh") + text("hopper.cuh") + products
+        number = "bf16" if self.dtype == torch.bfloat16 else "f16"
+        return text("instructions.cuh") + text("hopper.cuh") + products(rows * columns, _DEPTH, self.planes, number)
 
     @property
     def program(self) -> str:
         """The rest."""
-        return "".join(map(text, ("basics.cuh", "walk.cuh", f"{self.name}.cu")))
+        maps = "walk_planes.cuh" if self.planes else "walk_rows.cuh"
+        files = "basics.cuh", "walk.cuh", "walk_seen.cuh", maps, "walk_copies.cuh", f"{self.name}.cu"
+        return "".join(map(text, files))
 
     @property
     def features(self) -> str:
@@ -98,7 +125,7 @@ class Walk(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return (_GROUPS + 1) * _GROUP_THREADS
+        return (self.plan.groups + 1) * _GROUP_THREADS
 
     @property
     def early(self) -> bool:
@@ -106,36 +133,116 @@ class Walk(NamedTuple):
         return True
 
     @property
+    def kept_maps(self) -> int:
+        """Whose tiles are copied."""
+        return sum(ARGUMENTS[self.task].kept) - ARGUMENTS[self.task].results
+
+    @property
+    def product_maps(self) -> int:
+        """Of these, those that products take."""
+        return min(self.kept_maps, 2)
+
+    @property
+    def numbers(self) -> int:
+        """Floats of a pixel of a band: log-sum-exp and delta."""
+        return 2 if self.task == "grad_key_value" else 0
+
+    @property
+    def kept_box(self) -> tuple[int, int]:
+        """Rows and columns of what is copied of a kept map: in planes also what lies before the tile in its vector."""
+        (h, w), offset = self.plan.tile, self.seen_lead[1] % _VECTOR
+        return h, w + (_VECTOR if self.planes and offset else 0)
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory that a block takes."""
-        pixels = self.halo[0] * self.halo[1]
-        band = 2 * pixels * _PIXEL_BYTES + cdiv(pixels * _QUERY_BYTES, _PATTERN) * _PATTERN
-        kept = 2 * _SIDE * _SIDE * _PIXEL_BYTES
-        return self.plan.slots * (band + _BARRIERS) + _GROUPS * (kept + _BARRIERS)
+        rows, columns = self.halo
+        band = 2 * rows * columns * _DEPTH * 2 + _whole_patterns(rows * columns * self.numbers * 4)
+        kept = self.kept_maps * _whole_patterns(self.kept_box[0] * self.kept_box[1] * _DEPTH * 2)
+        moved = self.product_maps * _TILE * _DEPTH * 2  # to where products take tiles from
+        held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
+        return self.plan.slots * (band + _BARRIERS) + held + self.plan.groups * _BARRIERS
 
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        halo, tile = (
-            functools.partial(driver.tensor_map, "cxy", (_DEPTH, columns, rows), _PIXEL_BYTES)
-            for rows, columns in (self.halo, (_SIDE, _SIDE))
-        )
-        return halo, tile, tile, halo, driver.strided_map, driver.strided_map
+        arguments, pattern = ARGUMENTS[self.task], 2 * (_WIDTH if self.planes else _DEPTH)
+        halo = functools.partial(driver.tensor_map, self.axes, self._box(self.halo), pattern)
+        tile = functools.partial(driver.tensor_map, self.axes, self._box(self.kept_box), 16 if self.planes else pattern)
+        maps = [tile if keeps else halo for keeps in arguments.kept]
+        return (*maps[: len(maps) - arguments.results], *[driver.strided_map] * arguments.results)
+
+    @property
+    def axes(self) -> str:
+        """Of a copy."""
+        return "xcy" if self.planes else "cxy"
+
+    def _box(self, pixels: tuple[int, int]) -> tuple[int, ...]:
+        takes = {"c": _DEPTH, "x": pixels[1], "y": pixels[0]}
+        return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
-        rows, columns = cdiv(h, _SIDE), heads * cdiv(w, _SIDE)
+        rows, columns = cdiv(h, self.plan.tile[0]), heads * cdiv(w + self.before, self.plan.tile[1])
         return columns, parts(rows, columns * batch, self.multiprocessors), batch
 
 
-def serves(task: str, form: Form, depth: int, kernel: tuple[int, int], arch: int) -> bool:
+class Row(NamedTuple):
+    least: int  # the smaller side of the smallest window
+    kernel: int  # the larger side of the widest
+    plan: WalkPlan
+
+
+# The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
+# those of the kernel that `table` has for these windows, by task and whether columns lie side by side.
+_TABLE = {
+    ("forward", True): (
+        Row(
+            15, 17, WalkPlan((4, 16), 2, 11, 3)
+        ),  # 512-64-k15 0.103 : 0.148, k17 0.105 : 0.159, 8x128-8x64-k15 0.452 : 0.570
+        # 512-64-k19 0.165 : 0.201, k21 0.173 : 0.216; 8x128-8x64-k21 0.723 : 0.977; 128-64-k21 0.024 : 0.030
+        Row(15, 21, WalkPlan((8, 8), 2, 11, 3)),
+    ),
+    ("grad_query", True): (
+        Row(
+            15, 17, WalkPlan((4, 16), 2, 8, 3)
+        ),  # 512-64-k15 0.139 : 0.168, k17 0.135 : 0.181, 8x128-8x64-k15 0.614 : 0.673
+        Row(
+            15, 21, WalkPlan((8, 8), 1, 14, 3)
+        ),  # 512-64-k19 0.208 : 0.256, k21 0.212 : 0.273, 8x128-8x64-k21 0.934 : 1.16
+    ),
+    ("grad_key_value", True): (
+        Row(17, 17, WalkPlan((4, 16), 2, 10, 2)),  # 512-64-k17 0.237 : 0.271
+        Row(
+            17, 21, WalkPlan((8, 8), 2, 9, 2)
+        ),  # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
+    ),
+    ("grad_key_value", False): (
+        # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
+        # k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014;
+        # 128-64-k21 0.0228 : 0.0252
+        Row(11, 21, WalkPlan()),
+    ),
+}
+
+
+def table() -> Iterator[tuple[tuple[str, bool], tuple[Row, ...]]]:
+    """Every task and whether columns lie side by side, with its rows."""
+    yield from _TABLE.items()
+
+
+def serves(task: str, form: Form, depth: int, arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head."""
-    of_maps = form == Form("half", planes=False) and depth == _DEPTH
-    return task == "grad_key_value" and of_maps and max(kernel) <= _LARGEST and arch == _ARCH
+    return form.product == "half" and (task, form.planes) in _TABLE and depth == _DEPTH and arch == _ARCH
 
 
-def choose(kernel: tuple[int, int]) -> WalkPlan | None:
+def choose(task: str, planes: bool, kernel: tuple[int, int]) -> WalkPlan | None:
     """The plan of a task that can be taken; None where blocks are not to walk."""
-    return WalkPlan() if min(kernel) >= _LEAST else None
+    rows = _TABLE[task, planes]
+    return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
+
+
+def _whole_patterns(count: int) -> int:
+    return cdiv(count, _PATTERN) * _PATTERN
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,32 +257,3 @@ def parts(rows: int, columns: int, multiprocessors: int) -> int:
         return cdiv(columns * count, multiprocessors) * (cdiv(rows, count) + 1)
 
     return min(range(1, min(rows, multiprocessors) + 1), key=time)
-
-
-def _products(columns: int, number: str) -> str:
-    """Source of the products of a group with `columns` pixels of a band: scores, and weighted sums of 64 channels."""
-    scores = _product(columns, number, "const SharedRows& a", ['"l"(a.descriptor())'], "%{0}", "1, 1, 0, 0")
-    weights = [f'"r"(a[{i}])' for i in range(4)]
-    sums = _product(_DEPTH, number, "const u32 (&a)[4]", weights, "{{%{0}, %{1}, %{2}, %{3}}}", "1, 1, 1")
-    return (
-        "\n// sums = or += a b, 64 rows of 16 channels in shared memory with as many of pixels side by side there.\n"
-        f"INLINE void multiply_shared{scores}"
-        "\n// sums = or += a b, 64 rows of 16 numbers in registers with 16 pixels' 64 channels in shared memory.\n"
-        f"INLINE void multiply_held{sums}"
-    )
-
-
-def _product(columns: int, number: str, a: str, operands: list[str], named: str, signs: str) -> str:
-    """Parameters and body of a product. named: how the instruction has the first factor; signs: what it ends with."""
-    count = columns // 2
-    sums, bound = (", ".join(form.format(i) for i in range(count)) for form in ("%{}", '"+f"(sums[{}])'))
-    first = named.format(*range(count, count + len(operands)))
-    b, add = count + len(operands), count + len(operands) + 1
-    shape = _SHAPE.format(columns=columns, type=number)
-    return f"""(float (&sums)[{count}], {a}, const SharedRows& b, bool add) {{
-  asm volatile("{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{add}, 0;\\n"
-               "{shape} {{{sums}}}, {first}, %{b}, add, {signs};\\n}}"
-               : {bound}
-               : {", ".join(operands)}, "l"(b.descriptor()), "r"(int(add)));
-}}
-"""

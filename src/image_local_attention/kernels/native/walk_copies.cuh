@@ -1,0 +1,130 @@
+// What a block that walks holds, and the warps that copy it: a ring of bands, of two maps of the halo, and tiles of maps
+// whose pixels are kept.
+
+constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(BAND_PIXELS * NUMBERS * 4, 1024) * 1024;
+constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = KEPT_MAPS * TILE_ROOM;
+constexpr int MOVED_ROOM = PRODUCT_MAPS * MOVED_BYTES;  // of a group
+constexpr int TILES = SLOTS * BAND_ROOM, MOVED = TILES + KEPT_SLOTS * KEPT_ROOM, BARRIERS = MOVED + GROUPS * MOVED_ROOM;
+constexpr int ROOM = BARRIERS + (SLOTS + GROUPS) * Barriers::BYTES;
+
+// Of a thread that multiplies, and one that copies: what a block has for all.
+constexpr int FEW_REGISTERS = 24;
+constexpr int REGISTERS = ((GROUPS + 1) * (512 / (GROUPS + 1) / 8 * 8) - FEW_REGISTERS) / GROUPS / 8 * 8;
+
+struct Block {
+  Place at;
+  Lane l;
+  unsigned char* raw;
+  u32 start;
+  Barriers bands, tiles;
+
+  INLINE Block(int heads, int height, int width, unsigned char* raw)
+      : at(heads, height, width), raw(raw), start(shared_start(raw)) {
+    bands = {start + BARRIERS}, tiles = {bands.first + SLOTS * Barriers::BYTES};
+  }
+
+  // Bytes to what is held.
+  INLINE u32 band(const Use& use) const { return use.slot * BAND_ROOM; }
+  INLINE u32 numbers(const Use& use) const { return band(use) + 2 * BAND_BYTES; }
+  INLINE u32 tile(int number, int map) const { return TILES + number % KEPT_SLOTS * KEPT_ROOM + map * TILE_ROOM; }
+
+  // Addresses of a band's maps.
+  INLINE u32 first(const Use& use) const { return start + band(use); }
+  INLINE u32 second(const Use& use) const { return first(use) + BAND_BYTES; }
+
+  // Of the halo.
+  INLINE int row(int band) const { return at.y - SEEN_LEAD_Y + band * BAND_H; }
+  INLINE int column() const { return at.x - SEEN_LEAD_X; }
+
+  // By all threads. fillers: arrivals of a band.
+  INLINE void init(int fillers) const {
+    if (threadIdx.x == 0) {
+      bands.init(SLOTS, fillers, GROUPS * GROUP_THREADS), tiles.init(GROUPS, 1, GROUP_THREADS);
+      barriers_ready();
+    }
+    __syncthreads();
+  }
+
+  // By one thread: copies all bands.
+  INLINE void fill_bands(const TensorMap& a, const TensorMap& b) const {
+    Use use(0, SLOTS);
+    for (int band = 0; band < at.bands; band++, use.next(SLOTS)) {
+      const u32 barrier = bands.full(use);
+      bands.wait_for_readers(use);
+      barrier_expect(barrier, 2 * BAND_BYTES);
+      copy_halo(first(use), a, barrier, row(band), column(), at);
+      copy_halo(second(use), b, barrier, row(band), column(), at);
+    }
+  }
+
+  // By one thread: copies tiles of kept maps.
+  template <typename... Maps>
+  INLINE void fill_tiles(const Maps&... maps) const {
+    for (int number = 0; number < at.tiles; number++) {
+      const u32 barrier = tiles.full(Use(number, GROUPS));
+      if (number >= KEPT_SLOTS) {
+        const Use before(number - KEPT_SLOTS, GROUPS);
+        barrier_wait(tiles.read(before), before.turn);
+      }
+      before_copies();
+      barrier_expect(barrier, KEPT_MAPS * KEPT_BYTES);
+      int map = 0;
+      (copy_kept(start + tile(number, map++), maps, barrier, at.y + number * TILE_H, at), ...);
+    }
+  }
+
+  // By the group that has a tile, once its maps have come: what products take of one.
+  INLINE Kept kept(int number, int map) const {
+    return Kept(start + MOVED + l.group * MOVED_ROOM + map * MOVED_BYTES, start + tile(number, map), l);
+  }
+
+  // Before and after a tile's maps are moved: until all have seen the last, and until all of this is there.
+  INLINE void begin_moving() const {
+    if (Kept::MOVED) sync_group(l.group);
+  }
+  INLINE void end_moving(const Use& tile) const {
+    if (!Kept::MOVED) return;
+    tiles.release(tile);
+    before_copies();
+    sync_group(l.group);
+  }
+
+  // By a group: waits for bands that it takes no part in.
+  INLINE void pass(int from, int to) const {
+    for (int band = from; band < to; band++) {
+      const Use use(band, SLOTS);
+      bands.wait(use);
+      bands.release(use);
+    }
+  }
+
+  // By a group: calls `see(tile, first, next)` for its tiles, every GROUPS-th. first: band that a tile sees first; next:
+  // that of the group's next tile, or the end of all.
+  template <typename See>
+  INLINE void for_each_tile(See see) const {
+    pass(0, l.group < at.tiles ? TILE_STEP * l.group : at.bands);
+#pragma unroll 1
+    for (int tile = l.group; tile < at.tiles; tile += GROUPS) {
+      const int first = TILE_STEP * tile, next = tile + GROUPS < at.tiles ? first + TILE_STEP * GROUPS : at.bands;
+      see(tile, first, next);
+      pass(first + TILE_BANDS, next);
+    }
+  }
+};
+
+// What the threads of a block do: those of the last group copy, others multiply.
+template <typename Fill, typename Walk>
+INLINE void divide(const Lane& l, Fill fill, Walk walk) {
+  if (l.group == GROUPS) {
+    fewer_registers<FEW_REGISTERS>();
+    fill();
+    __syncwarp();
+    wait_for_launches();
+    next_may_begin();
+  } else {
+    more_registers<REGISTERS>();
+    wait_for_launches();
+    next_may_begin();
+    walk();
+  }
+}

@@ -1,0 +1,140 @@
+// dQ = scale * sum dS k over the keys of each query's window, dS = P * (dP - delta), delta = sum(dO * O) - dlse, of blocks
+// that walk: tiles are of queries and of gradients, bands of keys and values.
+
+static_assert(PLANES, "tiles lie where moving them leaves them");
+
+struct Arguments {
+  TensorMap query, key, value, grad_out, out;
+  StridedMap<Number> grad_query;
+  const float *lse, *grad_lse;  // [B, heads, H, W]; lse is natural, there may be no grad_lse
+  float* delta;
+  int height, width, heads;
+  float factor, scale;  // of products, to logits in powers of two: the first is positive
+  u32 flip;             // not 0 where the scale is negative
+};
+
+// What the lane's pixels have: the log-sum-exp, infinite outside of the map, and delta, which is also written.
+struct Numbers {
+  float lse[2], delta[2];
+
+  // products: of a pixel's gradient and output
+  INLINE Numbers(const float (&products)[2], const Arguments& a, const Place& at, int y, const Lane& l) {
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++) {
+      const int row = y + l.y(kept), x = at.x + l.x(kept);
+      lse[kept] = __uint_as_float(0x7F800000), delta[kept] = 0.0f;
+      if (!at.has(row, x)) continue;
+      const long long pixel = at.pixel(row, x);
+      lse[kept] = a.lse[pixel] * LOG2E;
+      delta[kept] = products[kept] - (a.grad_lse ? a.grad_lse[pixel] : 0.0f);
+      if (l.member == 0) a.delta[pixel] = delta[kept];
+    }
+  }
+};
+
+// s = 2^(s * factor - lse), of rows of a band that are seen. y: the band's first row, from the first that the tile sees.
+INLINE void make_weights(float (&s)[SCORES], const Less& less, int y, float factor, const Lane& l) {
+#pragma unroll
+  for (int row = 0; row < BAND_H; row++) {
+    if (!RowSeen(y + row, l).any()) continue;
+    Less::for_each([&](int kept, int block, int i) {
+      float& score = s[4 * (row * ROW_BLOCKS + block) + 2 * kept + i];
+      if (!never(block, kept)) score = exp2_of(fmaf(score, factor, less.of(kept, block, i)));
+    });
+  }
+}
+
+// The gradients of a band's logits, p * (d - delta).
+INLINE void make_grads(Weights& ds, const float (&p)[SCORES], const float (&d)[SCORES], const float (&delta)[2], int y,
+                       const Lane& l) {
+#pragma unroll
+  for (int row = 0; row < BAND_H; row++) {
+    const RowSeen seen(y + row, l);
+    u32 words[ROW_BLOCKS][2] = {};
+    if (seen.any()) {
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++)
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++) {
+          if (never(block, kept)) continue;
+          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
+          const float low = p[first] * (d[first] - delta[kept]), high = p[first + 1] * (d[first + 1] - delta[kept]);
+          words[block][kept] = pack_halves<BF16>(low, high);
+        }
+      if (!seen.both()) {
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+          for (int block = 0; block < ROW_BLOCKS; block++) words[block][kept] = seen.by[kept] ? words[block][kept] : 0;
+      }
+    }
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++) ds.word(row * ROW_BLOCKS + block, kept) = words[block][kept];
+  }
+}
+
+INLINE void walk(const Block& block, const Arguments& a) {
+  const Lane& l = block.l;
+  const Place& at = block.at;
+  const Barriers& bands = block.bands;
+  const float factor = a.flip ? -a.factor : a.factor;
+  block.for_each_tile([&](int tile, int first, int next) {
+    const Use of_tile(tile, GROUPS);
+    const int y = at.y + tile * TILE_H;
+    block.tiles.wait(of_tile);
+    block.begin_moving();
+    const Kept query = block.kept(tile, 0), grad = block.kept(tile, 1);
+    float products[2];
+    sync_group(l.group);
+    grad.products(products, block.raw - block.start, block.start + block.tile(tile, 2), l);
+    block.end_moving(of_tile);
+    const Numbers of(products, a, at, y, l);
+    const Less less(of.lse[0], of.lse[1], l);
+    Use band(first, SLOTS), before = band;
+    float s[SCORES], d[SCORES], sums[SUMS];
+    Weights ds;
+#pragma unroll 1
+    for (int number = 0; number < TILE_BANDS; number++) {
+      bands.wait(band);
+      begin_products();
+      make_scores(s, query, block.first(band));
+      end_products();
+      make_scores(d, grad, block.second(band));
+      end_products();
+      wait_for_products<1>();
+      written(s), written(sums);
+      if (number > 0 && first + number - 1 < next) bands.release(before);
+      make_weights(s, less, number * BAND_H, factor, l);
+      wait_for_products<0>();
+      written(d);
+      make_grads(ds, s, d, of.delta, number * BAND_H, l);
+      written(sums);
+      begin_products();
+      add_weighted(sums, ds, block.first(band), number > 0);
+      end_products();
+      before = band;
+      band.next(SLOTS);
+    }
+    wait_for_products<0>();
+    written(sums);
+    if (first + TILE_BANDS - 1 < next) bands.release(before);
+    store(a.grad_query, sums, a.scale, a.scale, at, y, l);
+  });
+}
+
+extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
+    walk_grad_query(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  const Block block(a.heads, a.height, a.width, raw);
+  block.init(1);
+  divide(
+      block.l,
+      [&] {
+        wait_for_launches();
+        if (block.l.thread == 0) block.fill_bands(a.key, a.value);
+        if (block.l.thread == 32) block.fill_tiles(a.query, a.grad_out, a.out);
+      },
+      [&] { walk(block, a); });
+}

@@ -1,0 +1,105 @@
+// Maps whose columns lie side by side, where blocks walk: bands of rows, each of DEPTH channels of HALO_W columns.
+//
+// Copies begin on whole vectors of 8 columns. The halo does, for tiles begin so that it can. A kept map's tile is copied
+// with OFFSET columns before it and some behind, and a group moves its columns to where products take them from.
+
+constexpr int OFFSET = SEEN_LEAD_X % 8, KEPT_W = TILE_W + (OFFSET ? 8 : 0);
+constexpr int PATTERN = 2 * HALO_W, ROW_BYTES = DEPTH * PATTERN;
+constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tile, as it is copied
+constexpr int MOVED_BYTES = 64 * DEPTH * 2;              // as products take it
+constexpr int KEPT_SLOTS = 1;                            // groups soon move a tile away
+static_assert(HALO_W == 32, "a row of a channel is a row of a pattern");
+
+using PlaneRows = SharedRows<PATTERN, ROW_BYTES>;
+using PlaneBlocks = SharedBlocks<DEPTH * 16>;
+
+INLINE void copy_halo(u32 to, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
+  copy_box_in(to, map, barrier, x, at.head * DEPTH, y, at.image);
+}
+
+INLINE void copy_kept(u32 to, const TensorMap& map, u32 barrier, int y, const Place& at) {
+  copy_halo(to, map, barrier, y, at.x - OFFSET, at);
+}
+
+// The kept pixels of a map: where products take them from.
+struct Kept {
+  static constexpr bool MOVED = true;
+
+  u32 tile;
+
+  // By the group: moves what was copied to `from`.
+  INLINE Kept(u32 tile, u32 from, const Lane& l) : tile(tile) {
+    constexpr int ACROSS = TILE_W / 8, ROWS = GROUP_THREADS / DEPTH;  // vectors of a row of the tile; at once
+    const int channel = l.thread % DEPTH;
+#pragma unroll
+    for (int number = l.thread / DEPTH; number < 8; number += ROWS) {
+      const int row = number / ACROSS, first = number % ACROSS;
+      const u32 vectors = from + ((row * DEPTH + channel) * KEPT_W + 8 * first) * 2;
+      u32 words[8];
+      load(reinterpret_cast<u32(&)[4]>(words[0]), vectors);
+      if (OFFSET) load(reinterpret_cast<u32(&)[4]>(words[4]), vectors + 16);
+      u32 moved[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int word = OFFSET / 2 + i;
+        moved[i] = OFFSET % 2 ? __funnelshift_r(words[word], words[word + 1], 16) : words[word];
+      }
+      store(tile + (number * DEPTH + channel) * 16, moved);
+    }
+  }
+
+  // Of each of a lane's pixels, the sum over channels of these times another map's, which was copied to `from`.
+  // shared: where addresses of shared memory count from.
+  INLINE void products(float (&sums)[2], const unsigned char* shared, u32 from, const Lane& l) const {
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++) {
+      const int number = (l.y(kept) * TILE_W + l.x(kept)) / 8;
+      const Number* mine = reinterpret_cast<const Number*>(shared + tile) + number * DEPTH * 8 + l.column;
+      const Number* other = reinterpret_cast<const Number*>(shared + from) + l.x(kept) + OFFSET;
+      other += l.y(kept) * DEPTH * KEPT_W;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < DEPTH / 4; i += 2) {
+        const int channel = 4 * i + 2 * l.member;
+        sum += product_of_two(mine[channel * 8] | u32(mine[channel * 8 + 8]) << 16,
+                              other[channel * KEPT_W] | u32(other[(channel + 1) * KEPT_W]) << 16);
+      }
+      sums[kept] = sum_of_row(sum);
+    }
+  }
+};
+
+// scores = kept pixels' products with those of a band
+INLINE void make_scores(float (&scores)[SCORES], const Kept& kept, u32 band) {
+  const PlaneBlocks a(kept.tile);
+  const PlaneRows b(band);
+#pragma unroll
+  for (int step = 0; step < DEPTH / 16; step++)
+    multiply_pixels(scores, a.later(step * 256), b.later(step * 16 * PATTERN), step > 0);
+}
+
+// sums += weights' with a band's channels
+INLINE void add_weighted(float (&sums)[SUMS], const Weights& weights, u32 band, bool more) {
+  constexpr int STEPS = HALO_W / 16;
+  const PlaneRows b(band);
+#pragma unroll
+  for (int i = 0; i < BLOCKS / 2; i++)
+    multiply_channels(sums, weights.of[i], b.later(i / STEPS * ROW_BYTES + i % STEPS * 32), more || i > 0);
+}
+
+// Writes a tile's sums, times a factor of their pixel.
+INLINE void store(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high, const Place& at, int y,
+                  const Lane& l) {
+#pragma unroll
+  for (int kept = 0; kept < 2; kept++) {
+    const int row = y + l.y(kept), x = at.x + l.x(kept);
+    const float factor = kept ? high : low;
+    if (!at.has(row, x)) continue;
+    Number* to = map.data + at.image * map.image + (at.head * DEPTH + 2 * l.member) * map.channel + row * map.row + x;
+#pragma unroll
+    for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
+      const u32 word = pack_halves<BF16>(sums[4 * block + 2 * kept] * factor, sums[4 * block + 2 * kept + 1] * factor);
+      to[0] = word, to[map.channel] = word >> 16;
+    }
+  }
+}

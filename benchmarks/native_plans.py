@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,14 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
-LARGE = (4, 24), (8, 24), (8, 32), (16, 16)  # of planes of halves, whose halos have unseen columns, and of two units
+LARGE = (
+    (4, 24),
+    (8, 24),
+    (8, 32),
+    (4, 48),
+    (4, 64),
+    (16, 16),
+)  # of planes of halves, whose halos have unseen columns, and of two units
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), (2, 3)))  # tiles, rows of bands and groups
@@ -84,7 +91,7 @@ class Problem:
             steps = (1, 2, 3) if self.form.product == "three-pass" else (1, 2, 3, 4)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256,), (1,)
-        bands = BANDS
+        bands = (*BANDS, (2, 2)) if self.form.planes and not single else BANDS
         if self.task in UNFUSED:
             sized, steps, bands = MORE_THREADS, (1, 2, 3) if single else (1, 2, 3, 4, 6), MORE_BANDS
         for (units, sharers), (band, slots), step in itertools.product(self._sharing(), bands, steps):
@@ -93,8 +100,7 @@ class Problem:
                 residents = {threads // (32 * warps) for threads in sized if threads % (32 * warps) == 0}
                 for resident in residents | ({1} if case.queries <= SMALL else set()):
                     plan = Plan(tile, warps, resident, step, band=band, slots=slots, units=units, shared_by=sharers)
-                    if self._fits(plan):
-                        yield plan
+                    yield from filter(self._fits, self._shifts(plan))
 
     def _walks(self) -> Iterator[walk.WalkPlan]:
         """With as many bands as there is room for, and with two fewer."""
@@ -114,6 +120,13 @@ class Problem:
     def _tiles(self, units: int) -> tuple[tuple[int, int], ...]:
         large = units == 2 or (self.form.planes and self.form.element == 2)
         return (*TILES, *LARGE) if large and self.task not in UNFUSED else TILES
+
+    def _shifts(self, plan: Plan) -> Iterator[Plan]:
+        """A plan, and the same with tiles that begin before the map, if that makes a difference."""
+        yield plan
+        moved = replace(plan, shifted=True)
+        if shape(self.task, moved, self.kernel, self.kernel[1] // 2, self.form).before:
+            yield moved
 
     def _fits(self, plan: Plan) -> bool:
         group = plan.group(self.case.heads, self.case.depth, self.form)

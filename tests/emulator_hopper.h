@@ -1,4 +1,4 @@
-// What `hopper.cuh` and `walk.py` provide, on a CPU. Products run when they are waited for: until then sums are NaN.
+// What `hopper.cuh` and `products.py` provide, on a CPU. Products run when they are waited for: until then sums are NaN.
 
 struct uint4 {
   u32 x, y, z, w;

@@ -10,8 +10,8 @@
 // some behind; subtiles see a band's columns from their own first one and SKIP on.
 //
 // Where channels lie side by side, or numbers are floats, units are 4x4 pixels, and pixels are seen one by one.
-// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns. Tiles begin BEFORE the map, so
-// that halos begin with such a block.
+// Where columns of halves do, units are 2x8, and pixels are seen in blocks of 8 columns. Tiles may begin BEFORE the
+// map, so that halos begin with such a block and need no PAD.
 //
 // Names in capitals that are not defined here are given when this is compiled.
 

@@ -5,7 +5,8 @@
 // each other. What is wider than a row goes on NEXT bytes later.
 template <int PATTERN, int NEXT = 16>
 struct SharedRows {
-  static constexpr u32 HIGH = (PATTERN == 128 ? 1u : PATTERN == 64 ? 2u : 3u) << 30 | 8 * PATTERN / 16;
+  static_assert(PATTERN == 128 || PATTERN == 64, "patterns of bands");
+  static constexpr u32 HIGH = (PATTERN == 128 ? 1u : 2u) << 30 | 8 * PATTERN / 16;
 
   u32 low;  // of a descriptor: address / 16, and above it NEXT / 16
 

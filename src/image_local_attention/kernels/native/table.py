@@ -6,9 +6,10 @@ What decides: a halo that leaves room for several blocks on a multiprocessor is 
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
 bands of two or four rows: most tiles are of 4 rows, for all warps then need the same bands, those of halves often of 8,
 and as wide as registers let blocks be. In planes of halves, whose halos have many unseen columns, warps take two units
-where bands pass, for these share what they read of a band. Past 13x13 these are left to Triton's kernels, which read
-less from the L2 cache; products in three passes of TF32 take so long that copies hide behind them. Steps of wide
-windows are of as many pairs of blocks as fill whole rows, for these lie alike.
+where bands pass, for these share what they read of a band. Their tiles are shifted where the columns that this spares
+cost more than numbers that are written one by one: of few channels, and past 13x13. Products in three passes of TF32
+take so long that copies hide behind them. Steps of wide windows are of as many pairs of blocks as fill whole rows, for
+these lie alike.
 """
 
 from typing import NamedTuple

@@ -65,15 +65,22 @@ class Walk(NamedTuple):
 
     @property
     def before(self) -> int:
-        """Columns before the map where the first tile begins, for halos to begin on whole vectors."""
+        """Columns before the map where the first tile begins, for halos to begin on whole vectors.
+
+        Where tiles are 16 wide, on whole sectors of 32 bytes.
+        """
         return -self.seen_lead[1] % self.plan.tile[1] if self.planes else 0
 
     @property
     def fits(self) -> bool:
-        """Whether a halo is as wide as a copy can be, and a tile's bands come while others are held."""
+        """Whether a halo is as wide as a copy can be, and a tile's bands come while others are held.
+
+        Two warps share the numbers of a band's rows.
+        """
         (th, _), (kh, _), plan = self.plan.tile, self.kernel, self.plan
         held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.groups
-        return held and th % plan.band == 0 and self.halo[1] <= _WIDTH
+        shared = th % plan.band == 0 and plan.groups > 1 and not (self.numbers and plan.band % 2)
+        return held and shared and self.halo[1] <= _WIDTH
 
     @property
     def name(self) -> str:

@@ -32,7 +32,7 @@ def jobs() -> list:
     """Every row of the table at the least and the widest window, and windows of every width of halos."""
     rows = [(*key, row.plan, side) for key, of in walk.table() for row in of for side in (row.least, row.kernel)]
     rows += [("grad_key_value", False, WalkPlan(), side) for side in range(1, 22, 4)]
-    rows += [(task, True, WalkPlan((8, 8), 2, 8, 2), side) for task in FUSED for side in (3, 8, 12)]
+    rows += [(task, True, WalkPlan((8, 8), 2, 8, 2), side) for task, side in zip(FUSED, (3, 8, 12), strict=True)]
     return [(*job, (torch.bfloat16, torch.float16)[i % 2]) for i, job in enumerate(dict.fromkeys(rows))]
 
 
@@ -85,6 +85,10 @@ def test_windows_fit_whose_halo_is_no_wider_than_a_copy():
         assert compiled_for((9, widest), WalkPlan(tile, 2), "forward", planes=True).fits
         assert not compiled_for((9, widest + 1), WalkPlan(tile, 2), "forward", planes=True).fits
     assert not compiled_for((9, 9), WalkPlan((4, 16), 8), "forward", planes=True).fits  # tiles begin with a band
+    assert not compiled_for((9, 9), WalkPlan((8, 8), 2, 8, 1), "forward", planes=True).fits  # one group has no other
+    odd = WalkPlan((8, 8), 1, 9, 3)  # two warps share the numbers of a band's rows
+    assert compiled_for((9, 9), odd, "grad_query", planes=True).fits
+    assert not compiled_for((9, 9), odd, "grad_key_value", planes=True).fits
 
 
 def test_tiles_of_planes_begin_where_halos_can():
@@ -141,7 +145,8 @@ def test_blocks_walk_over_wide_windows_of_planes():
         assert walking((least, 17), task=task, **planes).plan.tile == (4, 16)
         assert walking((least, 18), task=task, **planes).plan.tile == (8, 8)
         assert walking((21, 21), task=task, causal=(True, False), **planes).lead == (20, 10)
-        assert isinstance(walking((least - 1, 21), task=task, **planes), launch.Compiled)
+        for width in 17, 21:
+            assert isinstance(walking((least - 1, width), task=task, **planes), launch.Compiled)
         assert isinstance(walking((21, 21), task=task, depth=16, **planes), launch.Compiled | None)
         assert walking((21, 22), task=task, **planes) is None
 

@@ -2,8 +2,8 @@
 //
 // GROUPS groups of four warps take turns at the tiles; one more copies. A tile is the rows of products of 64 rows, of
 // which warp w of a group has 16: where tiles are 8 wide two rows of the tile, where they are 16 wide one. A lane has two
-// pixels, its kept ones. The halo is as wide as what a tile sees, and passes in bands of BAND_H rows through SLOTS places
-// of shared memory. Tile t sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
+// pixels, its kept ones. The halo is as wide as what a tile sees, or a copy of planes, and passes in bands of BAND_H rows
+// through SLOTS places of shared memory. Tile t sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
 //
 // Maps are of halves, of DEPTH channels a head. Names in capitals that are not defined here are given when this is
 // compiled.

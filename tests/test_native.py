@@ -31,12 +31,12 @@ def heads_for(task: str, form: plan.Form, row: table.Row) -> int:
 
 
 def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo and to share it, and place and height of tiles."""
+    """A row of the table for each task, form, way to hold the halo and to share it, and place of tiles."""
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(task, form, row), row.depth, form)
         shares = row.plan.units, row.plan.shared_by, group
-        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.shifted, row.plan.tile[0] > 4
+        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.shifted
         found.setdefault(kind, (task, form, row))
     return list(found.values())
 

@@ -35,14 +35,8 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
-LARGE = (
-    (4, 24),
-    (8, 24),
-    (8, 32),
-    (4, 48),
-    (4, 64),
-    (16, 16),
-)  # of planes of halves, whose halos have unseen columns, and of two units
+# Of planes of halves, whose halos have unseen columns, and of two units.
+LARGE = (4, 24), (8, 24), (8, 32), (4, 48), (4, 64), (16, 16)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), (2, 3)))  # tiles, rows of bands and groups

@@ -15,15 +15,10 @@ from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import plan, table
 from image_local_attention.kernels.native.walk import WalkPlan
-from image_local_attention.kernels.native.walk import table as walks
 from test_native import heads_for, kinds, noting
+from test_native_gpu import WALKS
 
 SIZE, SIZE_TO_WALK = (11, 24), (59, 24)
-WALKS = [
-    (task, plan.Form("half", planes), table.Row(64, row.kernel, row.plan))
-    for (task, planes), rows in walks()
-    for row in rows
-]
 
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:

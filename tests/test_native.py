@@ -31,12 +31,12 @@ def heads_for(task: str, form: plan.Form, row: table.Row) -> int:
 
 
 def kinds() -> list:
-    """A row of the table for each task, form, way to hold the halo and to share it, and place of tiles."""
+    """A row of the table for each task, form, way to hold the halo and to share it, and place and height of tiles."""
     found = {}
     for task, form, row in table.rows():
         group = row.plan.group(heads_for(task, form, row), row.depth, form)
         shares = row.plan.units, row.plan.shared_by, group
-        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.shifted
+        kind = task, form, row.plan.band, row.plan.slots, *shares, row.plan.shifted, row.plan.tile[0] > 4
         found.setdefault(kind, (task, form, row))
     return list(found.values())
 
@@ -129,9 +129,7 @@ def agreement(compiled: launch.Compiled) -> str:
     }.get(compiled.task, "0")
     last = {"forward": "flip", "grad_query": "flip", "grad_key_value": "after_grad_query"}.get(compiled.task, "scale")
     arguments = launch.ARGUMENTS[compiled.task]
-    maps = ["KeptMap" if kept else "TensorMap" for kept in arguments.kept]
-    maps[len(maps) - arguments.results :] = ["ResultMap"] * arguments.results
-    room = "+".join(f"sizeof({kind})" for kind in maps)
+    room = "+".join(f"sizeof({kind})" for kind in arguments.of_maps("KeptMap", "TensorMap", "ResultMap"))
     facts = (
         f"PAIRS == {compiled.shape.pairs}",
         f"__builtin_offsetof(Arguments, {last}) + 4 == {room} + {struct.calcsize(arguments.numbers)}",

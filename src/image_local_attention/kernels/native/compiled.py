@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from ..integers import cdiv
 from . import driver
 from .plan import UNFUSED, Form, Plan, Shape, box, halo_maps, kept_columns, patterns, shape, shared, unit
+
+T = TypeVar("T")
 
 
 class Arguments(NamedTuple):
@@ -23,6 +25,11 @@ class Arguments(NamedTuple):
     kept: tuple[bool, ...]
     numbers: str
     results: int = 1
+
+    def of_maps(self, kept: T, halo: T, result: T) -> tuple[T, ...]:
+        """What stands for each map: one of these, by whether it is kept, streamed or a result."""
+        inputs = self.kept[: len(self.kept) - self.results]
+        return (*(kept if keeps else halo for keeps in inputs), *[result] * self.results)
 
 
 ARGUMENTS = {
@@ -154,15 +161,13 @@ class Compiled(NamedTuple):
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        channels, form, held, arguments = self.group * self.depth, self.form, self.shape, ARGUMENTS[self.task]
+        channels, form, held = self.group * self.depth, self.form, self.shape
         tile, halo = (
             functools.partial(driver.tensor_map, form.axes, box(size, channels, form), pattern)
             for size, pattern in zip((self._kept_box, held.band), self.patterns, strict=True)
         )
         kept = tile if form.product == "half" else driver.strided_map
-        result = driver.strided_map if held.offset else kept
-        maps = [kept if keeps else halo for keeps in arguments.kept]
-        return (*maps[: len(maps) - arguments.results], *[result] * arguments.results)
+        return ARGUMENTS[self.task].of_maps(kept, halo, driver.strided_map if held.offset else kept)
 
     @property
     def _kept_box(self) -> tuple[int, int]:

@@ -142,7 +142,7 @@ class Walk(NamedTuple):
     @property
     def kept_maps(self) -> int:
         """Whose tiles are copied."""
-        return sum(ARGUMENTS[self.task].kept) - ARGUMENTS[self.task].results
+        return sum(ARGUMENTS[self.task].of_maps(1, 0, 0))
 
     @property
     def product_maps(self) -> int:
@@ -173,11 +173,10 @@ class Walk(NamedTuple):
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        arguments, pattern = ARGUMENTS[self.task], 2 * (_WIDTH if self.planes else _DEPTH)
+        pattern = 2 * (_WIDTH if self.planes else _DEPTH)
         halo = functools.partial(driver.tensor_map, self.axes, self._box(self.halo), pattern)
         tile = functools.partial(driver.tensor_map, self.axes, self._box(self.kept_box), 16 if self.planes else pattern)
-        maps = [tile if keeps else halo for keeps in arguments.kept]
-        return (*maps[: len(maps) - arguments.results], *[driver.strided_map] * arguments.results)
+        return ARGUMENTS[self.task].of_maps(tile, halo, driver.strided_map)
 
     @property
     def axes(self) -> str:

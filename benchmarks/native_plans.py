@@ -39,7 +39,8 @@ TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 LARGE = (4, 24), (8, 24), (8, 32), (4, 48), (4, 64), (16, 16)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
-WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), (2, 3)))  # tiles, rows of bands and groups
+SIDE_BY_SIDE = (2, 1), (3, 1), (2, 2), (3, 3), (4, 2), (4, 4)  # groups, and tiles side by side
+WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), SIDE_BY_SIDE))  # tiles, rows of bands
 WALK_SLOTS = 14  # at most
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
@@ -98,8 +99,8 @@ class Problem:
 
     def _walks(self) -> Iterator[walk.WalkPlan]:
         """With as many bands as there is room for, and with two fewer."""
-        for tile, band, groups in WALKS:
-            plans = (walk.WalkPlan(tile, band, slots, groups) for slots in range(WALK_SLOTS, 1, -1))
+        for tile, band, (groups, abreast) in WALKS:
+            plans = (walk.WalkPlan(tile, band, slots, groups, abreast) for slots in range(WALK_SLOTS, 1, -1))
             fit = [plan for plan in plans if (held := self.compiled(plan)).fits and held.shared <= limit()]
             yield from fit[:3:2]
 

@@ -1,22 +1,24 @@
 // Kernels whose blocks walk down a map: tiles of 64 kept pixels, one below the other, past the halo that they share.
 //
-// GROUPS groups of four warps take turns at the tiles; one more copies. A tile is the rows of products of 64 rows, of
-// which warp w of a group has 16: where tiles are 8 wide two rows of the tile, where they are 16 wide one. A lane has two
-// pixels, its kept ones. The halo is as wide as what a tile sees, or a copy of planes, and passes in bands of BAND_H rows
-// through SLOTS places of shared memory. Tile t sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
+// GROUPS groups of four warps have ABREAST tiles side by side, in TURNS turns; one more copies. A tile is the rows of
+// products of 64 rows, of which warp w of a group has 16: where tiles are 8 wide two rows of the tile, where they are 16
+// wide one. A lane has two pixels, its kept ones. The halo is as wide as what these tiles see, or a copy of planes, and
+// passes in bands of BAND_H rows through SLOTS places of shared memory; products of a tile take SEEN_W of its columns.
+// Tile t, counted down, sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
 //
 // Maps are of halves, of DEPTH channels a head. Names in capitals that are not defined here are given when this is
 // compiled.
 
 constexpr int BAND_PIXELS = BAND_H * HALO_W, BAND_BYTES = BAND_PIXELS * DEPTH * 2;
 constexpr int TILE_STEP = TILE_H / BAND_H, TILE_BANDS = ceil_div(TILE_H + KERNEL_H - 1, BAND_H);
-constexpr int BLOCKS = BAND_PIXELS / 8, ROW_BLOCKS = HALO_W / 8;  // of 8 pixels: of a band, and of one of its rows
-constexpr int HALF_BLOCKS = HALO_W / 4;                           // of two of its rows
-constexpr int SCORES = BAND_PIXELS / 2, SUMS = DEPTH / 2;         // of a lane, of its two pixels
-constexpr int GROUP_THREADS = 128;
+constexpr int ROW_BLOCKS = SEEN_W / 8, BLOCKS = BAND_H * SEEN_W / 8;  // of 8 pixels: of a band's row, and of a band
+constexpr int HALF_BLOCKS = SEEN_W / 4;                               // of two of its rows
+constexpr int SCORES = BAND_H * SEEN_W / 2, SUMS = DEPTH / 2;         // of a lane, of its two pixels
+constexpr int GROUP_THREADS = 128, TURNS = GROUPS / ABREAST;
 
 static_assert(TILE_H * TILE_W == 64 && TILE_H % BAND_H == 0, "tiles begin with a band");
-static_assert(TILE_BANDS <= SLOTS + TILE_STEP * GROUPS,
+static_assert(GROUPS % ABREAST == 0 && TILE_W * (ABREAST - 1) + SEEN_W <= HALO_W, "products see no other row");
+static_assert(TILE_BANDS <= SLOTS + TILE_STEP * TURNS,
               "a tile's last band comes while those are held that the next sees again");
 
 using Number = unsigned short;  // of a map, as it lies in memory
@@ -24,13 +26,14 @@ using Number = unsigned short;  // of a map, as it lies in memory
 struct Lane {
   int lane, group, warp;  // of the warp, of the block, of the group
   int thread;             // of the group
+  int turn, left;         // of the group: among those one below the other; columns from the block's first tile to its own
   int column, member;     // of the tile's first 8, of the lanes that share its pixels
 
   INLINE Lane() {
     const int number = threadIdx.x;
     lane = held(number & 31), column = lane >> 2, member = lane & 3;
     group = __shfl_sync(~0u, number / GROUP_THREADS, 0), warp = __shfl_sync(~0u, number / 32 % 4, 0);
-    thread = warp * 32 + lane;
+    thread = warp * 32 + lane, turn = group / ABREAST, left = group % ABREAST * TILE_W;
   }
 
   // Of a kept pixel, 0 or 1, in the tile.
@@ -45,11 +48,18 @@ struct Place {
 
   INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
     const int rows = ceil_div(height, TILE_H), most = ceil_div(rows, gridDim.y), first = blockIdx.y * most;
-    x = blockIdx.x / heads * TILE_W - BEFORE, head = blockIdx.x % heads, image = blockIdx.z, y = first * TILE_H;
+    x = blockIdx.x / heads * (TILE_W * ABREAST) - BEFORE, head = blockIdx.x % heads, image = blockIdx.z, y = first * TILE_H;
     tiles = min(most, rows - first), bands = TILE_STEP * (tiles - 1) + TILE_BANDS;
   }
 
   INLINE bool has(int y, int x) const { return y < height && x >= 0 && x < width; }
+
+  // Where the tiles of a group begin.
+  INLINE Place of(const Lane& l) const {
+    Place other = *this;
+    other.x += l.left;
+    return other;
+  }
 
   // Where the pixel (y, x) lies in floats [B, heads, H, W].
   INLINE long long pixel(int y, int x) const {

@@ -21,7 +21,8 @@ _TILE = 64  # pixels
 _BARRIERS = 16  # bytes of a place
 _PATTERN = 1024
 _VECTOR = 8  # columns, of which copies of planes begin on multiples
-_WIDTH = 32  # columns of bands of planes, whose rows are those of a pattern, and of others at most
+_WIDTHS = 32, 64  # columns of bands of planes, whose rows are those of a pattern; of others the first at most
+_STEP = 16  # columns that products take at once
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,23 @@ class WalkPlan:
     """Blocks of `groups` of four warps that take turns at tiles, and one that copies.
 
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
-    are held at once.
+    are held at once. abreast: tiles side by side, each of a group; more than one over planes alone.
     """
 
     tile: tuple[int, int] = (8, 8)
     band: int = 4
     slots: int = 6
     groups: int = 2
+    abreast: int = 1
+
+    @property
+    def turns(self) -> int:
+        return self.groups // self.abreast
+
+    @property
+    def columns(self) -> int:
+        """Of tiles side by side."""
+        return self.tile[1] * self.abreast
 
 
 class Walk(NamedTuple):
@@ -60,8 +71,16 @@ class Walk(NamedTuple):
     @property
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
-        seen = self.plan.tile[1] + self.kernel[1] - 1
-        return self.plan.band, max(seen, _WIDTH) if self.planes else cdiv(seen, 4) * 4
+        seen = self.plan.columns + self.kernel[1] - 1
+        wide = next((width for width in _WIDTHS if seen <= width), seen)
+        return self.plan.band, wide if self.planes else cdiv(seen, 4) * 4
+
+    @property
+    def seen(self) -> int:
+        """Columns of a band that products of a tile take."""
+        if self.plan.abreast == 1:
+            return self.halo[1]
+        return cdiv(self.plan.tile[1] + self.kernel[1] - 1, _STEP) * _STEP
 
     @property
     def before(self) -> int:
@@ -77,10 +96,11 @@ class Walk(NamedTuple):
 
         Two warps share the numbers of a band's rows.
         """
-        (th, _), (kh, _), plan = self.plan.tile, self.kernel, self.plan
-        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.groups
+        (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
+        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
         shared = th % plan.band == 0 and plan.groups > 1 and not (self.numbers and plan.band % 2)
-        return held and shared and self.halo[1] <= _WIDTH
+        apart = plan.groups % plan.abreast == 0 and tw * (plan.abreast - 1) + self.seen <= self.halo[1]
+        return held and shared and apart and self.halo[1] <= _WIDTHS[self.planes and plan.abreast > 1]
 
     @property
     def name(self) -> str:
@@ -99,8 +119,10 @@ class Walk(NamedTuple):
             "BEFORE": self.before,
             "BAND_H": self.halo[0],
             "HALO_W": self.halo[1],
+            "SEEN_W": self.seen,
             "SLOTS": self.plan.slots,
             "GROUPS": self.plan.groups,
+            "ABREAST": self.plan.abreast,
         }
         sizes = {"KERNEL": self.kernel, "TILE": self.plan.tile}
         names |= {f"{name}_{axis}": size for name, both in sizes.items() for axis, size in zip("HW", both, strict=True)}
@@ -114,9 +136,9 @@ class Walk(NamedTuple):
     @property
     def machine(self) -> str:
         """Source of what only a GPU can do."""
-        rows, columns = self.halo
+        pixels = self.seen * (self.plan.band if self.plan.abreast == 1 else 1)
         number = "bf16" if self.dtype == torch.bfloat16 else "f16"
-        return text("instructions.cuh") + text("hopper.cuh") + products(rows * columns, _DEPTH, self.planes, number)
+        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, _DEPTH, self.planes, number)
 
     @property
     def program(self) -> str:
@@ -156,9 +178,9 @@ class Walk(NamedTuple):
 
     @property
     def kept_box(self) -> tuple[int, int]:
-        """Rows and columns of what is copied of a kept map: in planes also what lies before the tile in its vector."""
-        (h, w), offset = self.plan.tile, self.seen_lead[1] % _VECTOR
-        return h, w + (_VECTOR if self.planes and offset else 0)
+        """Rows and columns of what is copied of a kept map: in planes also what lies before the tiles in their vector."""
+        offset = self.seen_lead[1] % _VECTOR
+        return self.plan.tile[0], self.plan.columns + (_VECTOR if self.planes and offset else 0)
 
     @property
     def shared(self) -> int:
@@ -168,12 +190,12 @@ class Walk(NamedTuple):
         kept = self.kept_maps * _whole_patterns(self.kept_box[0] * self.kept_box[1] * _DEPTH * 2)
         moved = self.product_maps * _TILE * _DEPTH * 2  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
-        return self.plan.slots * (band + _BARRIERS) + held + self.plan.groups * _BARRIERS
+        return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * _BARRIERS
 
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        pattern = 2 * (_WIDTH if self.planes else _DEPTH)
+        pattern = 2 * (self.halo[1] if self.planes else _DEPTH)
         halo = functools.partial(driver.tensor_map, self.axes, self._box(self.halo), pattern)
         tile = functools.partial(driver.tensor_map, self.axes, self._box(self.kept_box), 16 if self.planes else pattern)
         return ARGUMENTS[self.task].of_maps(tile, halo, driver.strided_map)
@@ -188,7 +210,7 @@ class Walk(NamedTuple):
         return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
-        rows, columns = cdiv(h, self.plan.tile[0]), heads * cdiv(w + self.before, self.plan.tile[1])
+        rows, columns = cdiv(h, self.plan.tile[0]), heads * cdiv(w + self.before, self.plan.columns)
         return columns, parts(rows, columns * batch, self.multiprocessors), batch
 
 

@@ -5,7 +5,7 @@ constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(BAND_PIXELS * NUMBERS * 4, 1
 constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = KEPT_MAPS * TILE_ROOM;
 constexpr int MOVED_ROOM = PRODUCT_MAPS * MOVED_BYTES;  // of a group
 constexpr int TILES = SLOTS * BAND_ROOM, MOVED = TILES + KEPT_SLOTS * KEPT_ROOM, BARRIERS = MOVED + GROUPS * MOVED_ROOM;
-constexpr int ROOM = BARRIERS + (SLOTS + GROUPS) * Barriers::BYTES;
+constexpr int ROOM = BARRIERS + (SLOTS + TURNS) * Barriers::BYTES;
 
 // Of a thread that multiplies, and one that copies: what a block has for all.
 constexpr int FEW_REGISTERS = 24;
@@ -28,8 +28,9 @@ struct Block {
   INLINE u32 numbers(const Use& use) const { return band(use) + 2 * BAND_BYTES; }
   INLINE u32 tile(int number, int map) const { return TILES + number % KEPT_SLOTS * KEPT_ROOM + map * TILE_ROOM; }
 
-  // Addresses of a band's maps.
-  INLINE u32 first(const Use& use) const { return start + band(use); }
+  // Addresses of a band's maps, for copies, and of what the group's tiles see of them.
+  INLINE u32 whole(const Use& use, int map) const { return start + band(use) + map * BAND_BYTES; }
+  INLINE u32 first(const Use& use) const { return whole(use, 0) + l.left * COLUMN_BYTES; }
   INLINE u32 second(const Use& use) const { return first(use) + BAND_BYTES; }
 
   // Of the halo.
@@ -39,7 +40,7 @@ struct Block {
   // By all threads. fillers: arrivals of a band.
   INLINE void init(int fillers) const {
     if (threadIdx.x == 0) {
-      bands.init(SLOTS, fillers, GROUPS * GROUP_THREADS), tiles.init(GROUPS, 1, GROUP_THREADS);
+      bands.init(SLOTS, fillers, GROUPS * GROUP_THREADS), tiles.init(TURNS, 1, ABREAST * GROUP_THREADS);
       barriers_ready();
     }
     __syncthreads();
@@ -52,8 +53,8 @@ struct Block {
       const u32 barrier = bands.full(use);
       bands.wait_for_readers(use);
       barrier_expect(barrier, 2 * BAND_BYTES);
-      copy_halo(first(use), a, barrier, row(band), column(), at);
-      copy_halo(second(use), b, barrier, row(band), column(), at);
+      copy_halo(whole(use, 0), a, barrier, row(band), column(), at);
+      copy_halo(whole(use, 1), b, barrier, row(band), column(), at);
     }
   }
 
@@ -61,9 +62,9 @@ struct Block {
   template <typename... Maps>
   INLINE void fill_tiles(const Maps&... maps) const {
     for (int number = 0; number < at.tiles; number++) {
-      const u32 barrier = tiles.full(Use(number, GROUPS));
+      const u32 barrier = tiles.full(Use(number, TURNS));
       if (number >= KEPT_SLOTS) {
-        const Use before(number - KEPT_SLOTS, GROUPS);
+        const Use before(number - KEPT_SLOTS, TURNS);
         barrier_wait(tiles.read(before), before.turn);
       }
       before_copies();
@@ -98,14 +99,14 @@ struct Block {
     }
   }
 
-  // By a group: calls `see(tile, first, next)` for its tiles, every GROUPS-th. first: band that a tile sees first; next:
+  // By a group: calls `see(tile, first, next)` for its tiles, every TURNS-th. first: band that a tile sees first; next:
   // that of the group's next tile, or the end of all.
   template <typename See>
   INLINE void for_each_tile(See see) const {
-    pass(0, l.group < at.tiles ? TILE_STEP * l.group : at.bands);
+    pass(0, l.turn < at.tiles ? TILE_STEP * l.turn : at.bands);
 #pragma unroll 1
-    for (int tile = l.group; tile < at.tiles; tile += GROUPS) {
-      const int first = TILE_STEP * tile, next = tile + GROUPS < at.tiles ? first + TILE_STEP * GROUPS : at.bands;
+    for (int tile = l.turn; tile < at.tiles; tile += TURNS) {
+      const int first = TILE_STEP * tile, next = tile + TURNS < at.tiles ? first + TILE_STEP * TURNS : at.bands;
       see(tile, first, next);
       pass(first + TILE_BANDS, next);
     }

@@ -104,11 +104,11 @@ struct Softmax {
 
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
-  const Place& at = block.at;
+  const Place at = block.at.of(l);
   const Barriers& bands = block.bands;
   const float factor = a.flip ? -a.factor : a.factor;
   block.for_each_tile([&](int tile, int first, int next) {
-    const Use of_tile(tile, GROUPS);
+    const Use of_tile(tile, TURNS);
     block.tiles.wait(of_tile);
     block.begin_moving();
     const Kept query = block.kept(tile, 0);

@@ -13,33 +13,38 @@ struct Arguments {
 
 // Of a band: two warps write numbers, and one thread has maps copied.
 constexpr int FILLERS = 2 * 32 + 1, NUMBERS_BYTES = BAND_PIXELS * 4;
-static_assert(HALO_W <= 32 && BAND_H % 2 == 0, "a lane has a column of numbers, and a warp half of a band's rows");
+static_assert(BAND_H % 2 == 0, "a warp has half of a band's rows");
 
 // By a warp: what queries of half of each band's rows have, half 0 or 1: the log-sum-exp in powers of two and, of all
 // queries behind it, delta. Those outside of the map have no weight.
 INLINE void fill_numbers(const Block& block, const Arguments& a, int half) {
-  constexpr int ROWS = BAND_H / 2;
+  constexpr int ROWS = BAND_H / 2, TIMES = ceil_div(HALO_W, 32);  // a lane has a column, or one of each 32
   const Place& at = block.at;
   const Lane& l = block.l;
   wait_for_launches();
-  const int x = block.column() + l.lane;
   Use use(0, SLOTS);
   for (int band = 0; band < at.bands; band++, use.next(SLOTS)) {
-    float lse[ROWS], delta[ROWS];
+    float lse[ROWS][TIMES], delta[ROWS][TIMES];
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-      const int y = block.row(band) + ROWS * half + i;
-      lse[i] = __uint_as_float(0x7F800000), delta[i] = 0.0f;
-      if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
-        const long long from = at.pixel(y, x);
-        lse[i] = a.lse[from] * LOG2E, delta[i] = a.delta[from];
+    for (int i = 0; i < ROWS; i++)
+#pragma unroll
+      for (int j = 0; j < TIMES; j++) {
+        const int y = block.row(band) + ROWS * half + i, x = block.column() + l.lane + 32 * j;
+        lse[i][j] = __uint_as_float(0x7F800000), delta[i][j] = 0.0f;
+        if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
+          const long long from = at.pixel(y, x);
+          lse[i][j] = a.lse[from] * LOG2E, delta[i][j] = a.delta[from];
+        }
       }
-    }
     block.bands.wait_for_readers(use);
     float* to = reinterpret_cast<float*>(block.raw + block.numbers(use)) + ROWS * half * HALO_W + l.lane;
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-      if (l.lane < HALO_W) to[i * HALO_W] = lse[i], to[BAND_PIXELS + i * HALO_W] = delta[i];
+#pragma unroll
+      for (int j = 0; j < TIMES; j++) {
+        const int n = i * HALO_W + 32 * j;
+        if (l.lane + 32 * j < HALO_W) to[n] = lse[i][j], to[BAND_PIXELS + n] = delta[i][j];
+      }
     barrier_arrive(block.bands.full(use));
   }
 }
@@ -55,7 +60,7 @@ struct Seen {
     for (int kept = 0; kept < TILE_W / 8; kept++)
 #pragma unroll
       for (int block = 0; block < HALF_BLOCKS; block++) {
-        const int x = (8 * block + 2 * l.member) % HALO_W - l.x(kept);
+        const int x = (8 * block + 2 * l.member) % SEEN_W - l.x(kept);
         const u32 seen = (in_window(x, KERNEL_W) ? 0xFFFF : 0) | (in_window(x + 1, KERNEL_W) ? 0xFFFF0000 : 0);
         columns[kept][block] = always(block, kept) ? seen : held(seen);
       }
@@ -63,7 +68,7 @@ struct Seen {
 
   // first, second: all bits or none, for the rows
   INLINE u32 of(int block, int kept, u32 first, u32 second) const {
-    const u32 row = 8 * block + 8 <= HALO_W ? first : 8 * block >= HALO_W ? second : at_end ? first : second;
+    const u32 row = 8 * block + 8 <= SEEN_W ? first : 8 * block >= SEEN_W ? second : at_end ? first : second;
     return always(block, kept) ? row : columns[kept * (TILE_W / 8 - 1)][block] & row;
   }
 };
@@ -92,9 +97,9 @@ INLINE void for_each_seen_block(u32 numbers, int y, const Lane& l, Change change
     if (SeenRows(y + 2 * pair, l).any()) {
 #pragma unroll
       for (int half = 0; half < HALF_BLOCKS; half++) {
-        const int block = pair * HALF_BLOCKS + half;
+        const int block = pair * HALF_BLOCKS + half, unseen = 8 * half / SEEN_W * (HALO_W - SEEN_W);
         u32 words[2];
-        load(words, numbers + (8 * block + 2 * l.member) * 4);
+        load(words, numbers + (2 * pair * HALO_W + 8 * half + unseen + l.left + 2 * l.member) * 4);
         const float of[2] = {__uint_as_float(words[0]), __uint_as_float(words[1])};
         change(block, of);
       }
@@ -136,12 +141,12 @@ INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Seen& 
 // What a group does.
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
-  const Place& at = block.at;
+  const Place at = block.at.of(l);
   const Barriers& bands = block.bands;
   const float factor = __uint_as_float(held(__float_as_uint(a.flip ? -a.factor : a.factor)));
   const Seen seen(l);
   block.for_each_tile([&](int tile, int first, int next) {
-    const Use of_tile(tile, GROUPS);
+    const Use of_tile(tile, TURNS);
     Use band(first, SLOTS), before = band;
     float s[SCORES], d[SCORES], grad_key[SUMS], grad_value[SUMS];
     Weights p, ds;

@@ -3,12 +3,12 @@
 // Copies begin on whole vectors of 8 columns. The halo does, for tiles begin so that it can. A kept map's tile is copied
 // with OFFSET columns before it and some behind, and a group moves its columns to where products take them from.
 
-constexpr int OFFSET = SEEN_LEAD_X % 8, KEPT_W = TILE_W + (OFFSET ? 8 : 0);
-constexpr int PATTERN = 2 * HALO_W, ROW_BYTES = DEPTH * PATTERN;
-constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tile, as it is copied
+constexpr int OFFSET = SEEN_LEAD_X % 8, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
+constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;
+constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tiles, as they are copied
 constexpr int MOVED_BYTES = 64 * DEPTH * 2;              // as products take it
 constexpr int KEPT_SLOTS = 1;                            // groups soon move a tile away
-static_assert(HALO_W == 32, "a row of a channel is a row of a pattern");
+static_assert(HALO_W == 32 || HALO_W == 64, "a row of a channel is a row of a pattern");
 
 using PlaneRows = SharedRows<PATTERN, ROW_BYTES>;
 using PlaneBlocks = SharedBlocks<DEPTH * 16>;
@@ -34,7 +34,7 @@ struct Kept {
 #pragma unroll
     for (int number = l.thread / DEPTH; number < 8; number += ROWS) {
       const int row = number / ACROSS, first = number % ACROSS;
-      const u32 vectors = from + ((row * DEPTH + channel) * KEPT_W + 8 * first) * 2;
+      const u32 vectors = from + ((row * DEPTH + channel) * KEPT_W + l.left + 8 * first) * 2;
       u32 words[8];
       load(reinterpret_cast<u32(&)[4]>(words[0]), vectors);
       if (OFFSET) load(reinterpret_cast<u32(&)[4]>(words[4]), vectors + 16);
@@ -55,7 +55,7 @@ struct Kept {
     for (int kept = 0; kept < 2; kept++) {
       const int number = (l.y(kept) * TILE_W + l.x(kept)) / 8;
       const Number* mine = reinterpret_cast<const Number*>(shared + tile) + number * DEPTH * 8 + l.column;
-      const Number* other = reinterpret_cast<const Number*>(shared + from) + l.x(kept) + OFFSET;
+      const Number* other = reinterpret_cast<const Number*>(shared + from) + l.left + l.x(kept) + OFFSET;
       other += l.y(kept) * DEPTH * KEPT_W;
       float sum = 0.0f;
 #pragma unroll
@@ -71,16 +71,21 @@ struct Kept {
 
 // scores = kept pixels' products with those of a band
 INLINE void make_scores(float (&scores)[SCORES], const Kept& kept, u32 band) {
+  constexpr int PRODUCTS = ABREAST == 1 ? 1 : BAND_H, COUNT = SCORES / PRODUCTS;  // rows go on where they are seen whole
   const PlaneBlocks a(kept.tile);
   const PlaneRows b(band);
 #pragma unroll
-  for (int step = 0; step < DEPTH / 16; step++)
-    multiply_pixels(scores, a.later(step * 256), b.later(step * 16 * PATTERN), step > 0);
+  for (int row = 0; row < PRODUCTS; row++) {
+    float(&of_row)[COUNT] = reinterpret_cast<float(&)[COUNT]>(scores[row * COUNT]);
+#pragma unroll
+    for (int step = 0; step < DEPTH / 16; step++)
+      multiply_pixels(of_row, a.later(step * 256), b.later(row * ROW_BYTES + step * 16 * PATTERN), step > 0);
+  }
 }
 
 // sums += weights' with a band's channels
 INLINE void add_weighted(float (&sums)[SUMS], const Weights& weights, u32 band, bool more) {
-  constexpr int STEPS = HALO_W / 16;
+  constexpr int STEPS = SEEN_W / 16;
   const PlaneRows b(band);
 #pragma unroll
   for (int i = 0; i < BLOCKS / 2; i++)

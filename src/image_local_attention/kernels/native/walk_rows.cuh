@@ -1,7 +1,7 @@
 // Maps whose channels lie side by side, 64 of a head, where blocks walk: a pixel is 128 bytes, which a copy swizzles.
 
-constexpr int PIXEL_BYTES = 128, KEPT_BYTES = 64 * PIXEL_BYTES;  // of a pixel; of a map's tile
-static_assert(DEPTH == 64, "a pixel is a row of a pattern");
+constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES, KEPT_BYTES = 64 * PIXEL_BYTES;  // of a pixel; of a map's tile
+static_assert(DEPTH == 64 && ABREAST == 1, "a pixel is a row of a pattern, and tiles see all of a band");
 
 using PixelRows = SharedRows<PIXEL_BYTES>;
 

@@ -8,7 +8,7 @@ constexpr int columns_seen(int block, int kept, bool by_all) {
   for (int i = 0; i < 8; i++) {
     int seen = 0;
     for (int column = 0; column < 8; column++)
-      seen += in_window((8 * block + i) % HALO_W - column - (TILE_W == 8 ? 0 : 8 * kept), KERNEL_W);
+      seen += in_window((8 * block + i) % SEEN_W - column - (TILE_W == 8 ? 0 : 8 * kept), KERNEL_W);
     count += by_all ? seen == 8 : seen > 0;
   }
   return count;

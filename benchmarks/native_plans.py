@@ -39,7 +39,7 @@ TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
 LARGE = (4, 24), (8, 24), (8, 32), (4, 48), (4, 64), (16, 16)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
-SIDE_BY_SIDE = (2, 1), (3, 1), (2, 2), (3, 3), (4, 2), (4, 4)  # groups, and tiles side by side
+SIDE_BY_SIDE = (2, 1), (3, 1), (4, 1), (6, 1), (2, 2), (4, 2), (6, 2), (3, 3), (6, 3)  # groups, and tiles side by side
 WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), SIDE_BY_SIDE))  # tiles, rows of bands
 WALK_SLOTS = 14  # at most
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
@@ -71,7 +71,8 @@ class Problem:
         case, lead = self.case, (self.case.kernel // 2, self.case.kernel // 2)
         if isinstance(plan, walk.WalkPlan):
             multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-            return walk.Walk(self.task, plan, self.form.planes, DTYPES[case.dtype], self.kernel, lead, multiprocessors)
+            of_maps = self.form.planes, DTYPES[case.dtype], case.depth
+            return walk.Walk(self.task, plan, *of_maps, self.kernel, lead, multiprocessors)
         group = plan.group(case.heads, case.depth, self.form)
         return launch.Compiled(self.task, plan, self.form, DTYPES[case.dtype], case.depth, group, self.kernel, lead)
 

@@ -119,9 +119,9 @@ def _native(
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     limit = _shared_limit(device)
     if walk.serves(task, form, depth, gpu.arch) and batch <= MOST_PROGRAMS:
-        plan = forced or walk.choose(task, form.planes, kernel)
+        plan = forced or walk.choose(task, form.planes, depth, kernel)
         if isinstance(plan, walk.WalkPlan):
-            walks = walk.Walk(task, plan, form.planes, dtype, kernel, lead, _multiprocessors(device))
+            walks = walk.Walk(task, plan, form.planes, dtype, depth, kernel, lead, _multiprocessors(device))
             if walks.fits and walks.shared <= limit:
                 return Native(walks, device)
     if isinstance(forced, walk.WalkPlan):

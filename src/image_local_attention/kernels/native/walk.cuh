@@ -12,7 +12,6 @@
 constexpr int BAND_PIXELS = BAND_H * HALO_W, BAND_BYTES = BAND_PIXELS * DEPTH * 2;
 constexpr int TILE_STEP = TILE_H / BAND_H, TILE_BANDS = ceil_div(TILE_H + KERNEL_H - 1, BAND_H);
 constexpr int ROW_BLOCKS = SEEN_W / 8, BLOCKS = BAND_H * SEEN_W / 8;  // of 8 pixels: of a band's row, and of a band
-constexpr int HALF_BLOCKS = SEEN_W / 4;                               // of two of its rows
 constexpr int SCORES = BAND_H * SEEN_W / 2, SUMS = DEPTH / 2;         // of a lane, of its two pixels
 constexpr int GROUP_THREADS = 128, TURNS = GROUPS / ABREAST;
 
@@ -39,6 +38,9 @@ struct Lane {
   // Of a kept pixel, 0 or 1, in the tile.
   INLINE int y(int kept) const { return TILE_W == 8 ? 2 * warp + kept : warp; }
   INLINE int x(int kept) const { return TILE_W == 8 ? column : column + 8 * kept; }
+
+  // Of the halo, the first column that it sees.
+  INLINE int first(int kept) const { return x(kept) + PAD; }
 };
 
 struct Place {

@@ -15,7 +15,7 @@ from .plan import Form
 from .products import products
 
 _ARCH = 90  # no other GPU has these products
-_DEPTH = 64  # channels of a head: where they lie side by side, a row of a swizzle's pattern
+_DEPTHS = {True: (16, 32, 64, 128), False: (64,)}  # channels of a head, by whether columns lie side by side
 _GROUP_THREADS = 128
 _TILE = 64  # pixels
 _BARRIERS = 16  # bytes of a place
@@ -52,13 +52,14 @@ class WalkPlan:
 class Walk(NamedTuple):
     """What a kernel is compiled for, and how it is launched; `kernel` and `lead` are of both axes.
 
-    multiprocessors: of the GPU, which blocks are to share evenly.
+    depth: channels of a head. multiprocessors: of the GPU, which blocks are to share evenly.
     """
 
     task: str
     plan: WalkPlan
     planes: bool
     dtype: torch.dtype
+    depth: int
     kernel: tuple[int, int]
     lead: tuple[int, int]
     multiprocessors: int
@@ -71,7 +72,7 @@ class Walk(NamedTuple):
     @property
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
-        seen = self.plan.columns + self.kernel[1] - 1
+        seen = self.pad + self.plan.columns + self.kernel[1] - 1
         wide = next((width for width in _WIDTHS if seen <= width), seen)
         return self.plan.band, wide if self.planes else cdiv(seen, 4) * 4
 
@@ -80,25 +81,27 @@ class Walk(NamedTuple):
         """Columns of a band that products of a tile take."""
         if self.plan.abreast == 1:
             return self.halo[1]
-        return cdiv(self.plan.tile[1] + self.kernel[1] - 1, _STEP) * _STEP
+        return cdiv(self.pad + self.plan.tile[1] + self.kernel[1] - 1, _STEP) * _STEP
 
     @property
     def before(self) -> int:
-        """Columns before the map where the first tile begins, for halos to begin on whole vectors.
+        """Columns before the map where the first tile begins, for halos to begin on whole vectors: of tiles 8 wide."""
+        return -self.seen_lead[1] % _VECTOR if self.planes and self.plan.tile[1] == _VECTOR else 0
 
-        Where tiles are 16 wide, on whole sectors of 32 bytes.
-        """
-        return -self.seen_lead[1] % self.plan.tile[1] if self.planes else 0
+    @property
+    def pad(self) -> int:
+        """Columns of a halo before those that are seen, for it to begin on whole vectors where tiles do."""
+        return -self.seen_lead[1] % _VECTOR if self.planes and self.plan.tile[1] > _VECTOR else 0
 
     @property
     def fits(self) -> bool:
         """Whether a halo is as wide as a copy can be, and a tile's bands come while others are held.
 
-        Two warps share the numbers of a band's rows.
+        Where channels lie side by side, two rows of a band are taken together.
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
-        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
-        shared = th % plan.band == 0 and plan.groups > 1 and not (self.numbers and plan.band % 2)
+        held = plan.slots > 2 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
+        shared = th % plan.band == 0 and plan.groups > 1 and (self.planes or plan.band % 2 == 0)
         apart = plan.groups % plan.abreast == 0 and tw * (plan.abreast - 1) + self.seen <= self.halo[1]
         return held and shared and apart and self.halo[1] <= _WIDTHS[self.planes and plan.abreast > 1]
 
@@ -112,11 +115,12 @@ class Walk(NamedTuple):
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
             "PLANES": int(self.planes),
-            "DEPTH": _DEPTH,
+            "DEPTH": self.depth,
             "KEPT_MAPS": self.kept_maps,
             "PRODUCT_MAPS": self.product_maps,
             "NUMBERS": self.numbers,
             "BEFORE": self.before,
+            "PAD": self.pad,
             "BAND_H": self.halo[0],
             "HALO_W": self.halo[1],
             "SEEN_W": self.seen,
@@ -138,7 +142,7 @@ class Walk(NamedTuple):
         """Source of what only a GPU can do."""
         pixels = self.seen * (self.plan.band if self.plan.abreast == 1 else 1)
         number = "bf16" if self.dtype == torch.bfloat16 else "f16"
-        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, _DEPTH, self.planes, number)
+        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.depth, self.planes, number)
 
     @property
     def program(self) -> str:
@@ -179,23 +183,22 @@ class Walk(NamedTuple):
     @property
     def kept_box(self) -> tuple[int, int]:
         """Rows and columns of what is copied of a kept map: in planes also what lies before the tiles in their vector."""
-        offset = self.seen_lead[1] % _VECTOR
-        return self.plan.tile[0], self.plan.columns + (_VECTOR if self.planes and offset else 0)
+        return self.plan.tile[0], self.plan.columns + (_VECTOR if self.before else 0)
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory that a block takes."""
         rows, columns = self.halo
-        band = 2 * rows * columns * _DEPTH * 2 + _whole_patterns(rows * columns * self.numbers * 4)
-        kept = self.kept_maps * _whole_patterns(self.kept_box[0] * self.kept_box[1] * _DEPTH * 2)
-        moved = self.product_maps * _TILE * _DEPTH * 2  # to where products take tiles from
+        band = 2 * rows * columns * self.depth * 2 + _whole_patterns(rows * columns * self.numbers * 4)
+        kept = self.kept_maps * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
+        moved = self.product_maps * _TILE * self.depth * 2  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
         return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * _BARRIERS
 
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        pattern = 2 * (self.halo[1] if self.planes else _DEPTH)
+        pattern = 2 * (self.halo[1] if self.planes else self.depth)
         halo = functools.partial(driver.tensor_map, self.axes, self._box(self.halo), pattern)
         tile = functools.partial(driver.tensor_map, self.axes, self._box(self.kept_box), 16 if self.planes else pattern)
         return ARGUMENTS[self.task].of_maps(tile, halo, driver.strided_map)
@@ -206,7 +209,7 @@ class Walk(NamedTuple):
         return "xcy" if self.planes else "cxy"
 
     def _box(self, pixels: tuple[int, int]) -> tuple[int, ...]:
-        takes = {"c": _DEPTH, "x": pixels[1], "y": pixels[0]}
+        takes = {"c": self.depth, "x": pixels[1], "y": pixels[0]}
         return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
@@ -221,26 +224,26 @@ class Row(NamedTuple):
 
 
 # The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
-# those of the kernel that `table` has for these windows, by task and whether columns lie side by side.
+# those of the kernel that `table` has for these windows, by task, whether columns lie side by side and channels per head.
 _TABLE = {
-    ("forward", True): (
+    ("forward", True, 64): (
         # 512-64-k15 0.103 : 0.148, k17 0.105 : 0.159, 8x128-8x64-k15 0.452 : 0.570
         Row(15, 17, WalkPlan((4, 16), 2, 11, 3)),
         # 512-64-k19 0.165 : 0.201, k21 0.173 : 0.216; 8x128-8x64-k21 0.723 : 0.977; 128-64-k21 0.024 : 0.030
         Row(15, 21, WalkPlan((8, 8), 2, 11, 3)),
     ),
-    ("grad_query", True): (
+    ("grad_query", True, 64): (
         # 512-64-k15 0.139 : 0.168, k17 0.135 : 0.181, 8x128-8x64-k15 0.614 : 0.673
         Row(15, 17, WalkPlan((4, 16), 2, 8, 3)),
         # 512-64-k19 0.208 : 0.256, k21 0.212 : 0.273, 8x128-8x64-k21 0.934 : 1.16
         Row(15, 21, WalkPlan((8, 8), 1, 14, 3)),
     ),
-    ("grad_key_value", True): (
+    ("grad_key_value", True, 64): (
         Row(17, 17, WalkPlan((4, 16), 2, 10, 2)),  # 512-64-k17 0.237 : 0.271
         # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
         Row(17, 21, WalkPlan((8, 8), 2, 9, 2)),
     ),
-    ("grad_key_value", False): (
+    ("grad_key_value", False, 64): (
         # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
         # k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014;
         # 128-64-k21 0.0228 : 0.0252
@@ -249,19 +252,20 @@ _TABLE = {
 }
 
 
-def table() -> Iterator[tuple[tuple[str, bool], tuple[Row, ...]]]:
-    """Every task and whether columns lie side by side, with its rows."""
+def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
+    """Every task, whether columns lie side by side and channels per head, with their rows."""
     yield from _TABLE.items()
 
 
 def serves(task: str, form: Form, depth: int, arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head."""
-    return form.product == "half" and (task, form.planes) in _TABLE and depth == _DEPTH and arch == _ARCH
+    takes = {of[:2] for of in _TABLE}
+    return form.product == "half" and (task, form.planes) in takes and depth in _DEPTHS[form.planes] and arch == _ARCH
 
 
-def choose(task: str, planes: bool, kernel: tuple[int, int]) -> WalkPlan | None:
+def choose(task: str, planes: bool, depth: int, kernel: tuple[int, int]) -> WalkPlan | None:
     """The plan of a task that can be taken; None where blocks are not to walk."""
-    rows = _TABLE[task, planes]
+    rows = _TABLE.get((task, planes, depth), ())
     return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
 
 

@@ -35,7 +35,7 @@ struct Block {
 
   // Of the halo.
   INLINE int row(int band) const { return at.y - SEEN_LEAD_Y + band * BAND_H; }
-  INLINE int column() const { return at.x - SEEN_LEAD_X; }
+  INLINE int column() const { return at.x - SEEN_LEAD_X - PAD; }
 
   // By all threads. fillers: arrivals of a band.
   INLINE void init(int fillers) const {

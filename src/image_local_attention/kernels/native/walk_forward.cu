@@ -146,7 +146,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
       shares[kept] = 1.0f / sum;
       if (l.member == 0 && at.has(row, x)) a.lse[at.pixel(row, x)] = (softmax.most[kept] + __log2f(sum)) * LN2;
     }
-    store(a.out, o, shares[0], shares[1], at, y, l);
+    query.store_sums(a.out, o, shares[0], shares[1], at, y, l);
   });
 }
 

@@ -12,128 +12,125 @@ struct Arguments {
 };
 
 // Of a band: two warps write numbers, and one thread has maps copied.
-constexpr int FILLERS = 2 * 32 + 1, NUMBERS_BYTES = BAND_PIXELS * 4;
-static_assert(BAND_H % 2 == 0, "a warp has half of a band's rows");
+constexpr int NUMBER_WARPS = 2, FILLERS = NUMBER_WARPS * 32 + 1, NUMBERS_BYTES = BAND_PIXELS * 4;
 
-// By a warp: what queries of half of each band's rows have, half 0 or 1: the log-sum-exp in powers of two and, of all
-// queries behind it, delta. Those outside of the map have no weight.
-INLINE void fill_numbers(const Block& block, const Arguments& a, int half) {
-  constexpr int ROWS = BAND_H / 2, TIMES = ceil_div(HALO_W, 32);  // a lane has a column, or one of each 32
+// By one of these warps: what each queries of a band's has, the log-sum-exp in powers of two and, of all queries behind it,
+// delta. Those outside of the map have no weight.
+INLINE void fill_numbers(const Block& block, const Arguments& a, int warp) {
+  constexpr int AT_ONCE = NUMBER_WARPS * 32, TIMES = ceil_div(BAND_PIXELS, AT_ONCE);
   const Place& at = block.at;
-  const Lane& l = block.l;
+  const int first = 32 * warp + block.l.lane;
   wait_for_launches();
   Use use(0, SLOTS);
   for (int band = 0; band < at.bands; band++, use.next(SLOTS)) {
-    float lse[ROWS][TIMES], delta[ROWS][TIMES];
+    float lse[TIMES], delta[TIMES];
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-#pragma unroll
-      for (int j = 0; j < TIMES; j++) {
-        const int y = block.row(band) + ROWS * half + i, x = block.column() + l.lane + 32 * j;
-        lse[i][j] = __uint_as_float(0x7F800000), delta[i][j] = 0.0f;
-        if (y >= 0 && y < a.height && x >= 0 && x < a.width) {
-          const long long from = at.pixel(y, x);
-          lse[i][j] = a.lse[from] * LOG2E, delta[i][j] = a.delta[from];
-        }
+    for (int i = 0; i < TIMES; i++) {
+      const int number = first + i * AT_ONCE, row = number / HALO_W;
+      const int y = block.row(band) + row, x = block.column() + number - row * HALO_W;
+      lse[i] = __uint_as_float(0x7F800000), delta[i] = 0.0f;
+      if (number < BAND_PIXELS && y >= 0 && y < a.height && x >= 0 && x < a.width) {
+        const long long from = at.pixel(y, x);
+        lse[i] = a.lse[from] * LOG2E, delta[i] = a.delta[from];
       }
+    }
     block.bands.wait_for_readers(use);
-    float* to = reinterpret_cast<float*>(block.raw + block.numbers(use)) + ROWS * half * HALO_W + l.lane;
+    float* to = reinterpret_cast<float*>(block.raw + block.numbers(use)) + first;
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-#pragma unroll
-      for (int j = 0; j < TIMES; j++) {
-        const int n = i * HALO_W + 32 * j;
-        if (l.lane + 32 * j < HALO_W) to[n] = lse[i][j], to[BAND_PIXELS + n] = delta[i][j];
-      }
+    for (int i = 0; i < TIMES; i++)
+      if (first + i * AT_ONCE < BAND_PIXELS) to[i * AT_ONCE] = lse[i], to[BAND_PIXELS + i * AT_ONCE] = delta[i];
     barrier_arrive(block.bands.full(use));
   }
 }
 
-// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of two rows of a band.
-// Where a row ends amid a block, members 0 and 1 have its end, others the next row's begin.
+// Rows of a band that are taken together, so that blocks of 8 fill them; and how many those are.
+constexpr int UNIT = PLANES ? 1 : 2, UNIT_BLOCKS = UNIT * SEEN_W / 8;
+static_assert(BAND_H % UNIT == 0 && UNIT * SEEN_W % 8 == 0, "blocks fill rows");
+
+// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of a unit. Where a row ends
+// amid a block, members 0 and 1 have its end, others the next row's begin.
 struct Seen {
-  u32 columns[TILE_W / 8][HALF_BLOCKS];
+  u32 columns[TILE_W / 8][UNIT_BLOCKS];
   bool at_end;
 
   INLINE Seen(const Lane& l) : at_end(l.member < 2) {
 #pragma unroll
     for (int kept = 0; kept < TILE_W / 8; kept++)
 #pragma unroll
-      for (int block = 0; block < HALF_BLOCKS; block++) {
-        const int x = (8 * block + 2 * l.member) % SEEN_W - l.x(kept);
+      for (int block = 0; block < UNIT_BLOCKS; block++) {
+        const int x = (8 * block + 2 * l.member) % SEEN_W - l.first(kept);
         const u32 seen = (in_window(x, KERNEL_W) ? 0xFFFF : 0) | (in_window(x + 1, KERNEL_W) ? 0xFFFF0000 : 0);
-        columns[kept][block] = always(block, kept) ? seen : held(seen);
+        columns[kept][block] = always(block, kept) || never(block, kept) ? seen : held(seen);
       }
   }
 
-  // first, second: all bits or none, for the rows
-  INLINE u32 of(int block, int kept, u32 first, u32 second) const {
-    const u32 row = 8 * block + 8 <= SEEN_W ? first : 8 * block >= SEEN_W ? second : at_end ? first : second;
-    return always(block, kept) ? row : columns[kept * (TILE_W / 8 - 1)][block] & row;
+  // rows: all bits or none
+  INLINE u32 of(int block, int kept, const u32 (&rows)[UNIT]) const {
+    const u32 row = 8 * block + 8 <= SEEN_W ? rows[0] : 8 * block >= SEEN_W || !at_end ? rows[UNIT - 1] : rows[0];
+    return always(block, kept) ? row : never(block, kept) ? 0 : columns[kept * (TILE_W / 8 - 1)][block] & row;
   }
 };
 
-// Which rows of the halo the warp's pixels see, of two rows of a band and the two of the tile: all bits or none.
+// Which rows of a unit the warp's pixels see, of the two of the tile: all bits or none.
 struct SeenRows {
-  u32 of[2][2];  // of kept pixels, of the halo's
+  u32 of[2][UNIT];  // of kept pixels
 
-  // y: of the first of the halo's rows, from that which the tile's first row sees first
+  // y: of the unit's first row, from that which the tile's first row sees first
   INLINE SeenRows(int y, const Lane& l) {
 #pragma unroll
     for (int kept = 0; kept < 2; kept++)
 #pragma unroll
-      for (int row = 0; row < 2; row++) of[kept][row] = in_window(y + row - l.y(kept), KERNEL_H) ? ~0u : 0;
+      for (int row = 0; row < UNIT; row++) of[kept][row] = in_window(y + row - l.y(kept), KERNEL_H) ? ~0u : 0;
   }
 
-  INLINE bool any() const { return of[0][0] | of[0][1] | of[1][0] | of[1][1]; }
+  INLINE bool any() const {
+    u32 seen = 0;
+#pragma unroll
+    for (int row = 0; row < UNIT; row++) seen |= of[0][row] | of[1][row];
+    return seen;
+  }
 };
 
-// Calls `change(block, of)` for the blocks of those two rows of a band that the warp's pixels see any of. of: floats of
-// the lane's two columns. numbers: address of the band's. y: the band's first row, from the first that the tile sees.
+// Calls `change(number, of)` for a lane's numbers of a band in units that the warp's pixels see any of. of: float of the
+// number's column. numbers: address of the band's. y: the band's first row, from the first that the tile sees.
 template <typename Change>
-INLINE void for_each_seen_block(u32 numbers, int y, const Lane& l, Change change) {
+INLINE void for_each_seen(u32 numbers, int y, const Lane& l, Change change) {
 #pragma unroll
-  for (int pair = 0; pair < BAND_H / 2; pair++)
-    if (SeenRows(y + 2 * pair, l).any()) {
+  for (int unit = 0; unit < BAND_H / UNIT; unit++)
+    if (SeenRows(y + UNIT * unit, l).any()) {
 #pragma unroll
-      for (int half = 0; half < HALF_BLOCKS; half++) {
-        const int block = pair * HALF_BLOCKS + half, unseen = 8 * half / SEEN_W * (HALO_W - SEEN_W);
-        u32 words[2];
-        load(words, numbers + (2 * pair * HALO_W + 8 * half + unseen + l.left + 2 * l.member) * 4);
-        const float of[2] = {__uint_as_float(words[0]), __uint_as_float(words[1])};
-        change(block, of);
+      for (int block = 0; block < UNIT_BLOCKS; block++) {
+        if (never(block, 0) && never(block, 1)) continue;
+        u32 of[2];
+        load(of, numbers + (UNIT * unit * HALO_W + 8 * block + l.left + 2 * l.member) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (!never(block, i / 2)) change(4 * (unit * UNIT_BLOCKS + block) + i, __uint_as_float(of[i % 2]));
       }
     }
 }
 
 // s = 2^(s * factor - lse)
 INLINE void make_weights(float (&s)[SCORES], u32 lse, int y, float factor, const Lane& l) {
-  for_each_seen_block(lse, y, l, [&](int block, const float (&of)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[4 * block + i] = exp2_of(fmaf(s[4 * block + i], factor, -of[i % 2]));
-  });
+  for_each_seen(lse, y, l, [&](int i, float of) { s[i] = exp2_of(fmaf(s[i], factor, -of)); });
 }
 
 // d = p * (d - delta)
 INLINE void make_grads(float (&d)[SCORES], const float (&p)[SCORES], u32 delta, int y, const Lane& l) {
-  for_each_seen_block(delta, y, l, [&](int block, const float (&of)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) d[4 * block + i] = p[4 * block + i] * (d[4 * block + i] - of[i % 2]);
-  });
+  for_each_seen(delta, y, l, [&](int i, float of) { d[i] = p[i] * (d[i] - of); });
 }
 
 // Numbers that are not seen are 0.
 INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Seen& seen, const Lane& l) {
 #pragma unroll
-  for (int pair = 0; pair < BAND_H / 2; pair++) {
-    const SeenRows rows(y + 2 * pair, l);
+  for (int unit = 0; unit < BAND_H / UNIT; unit++) {
+    const SeenRows rows(y + UNIT * unit, l);
 #pragma unroll
-    for (int half = 0; half < HALF_BLOCKS; half++)
+    for (int block = 0; block < UNIT_BLOCKS; block++)
 #pragma unroll
       for (int kept = 0; kept < 2; kept++) {
-        const int block = pair * HALF_BLOCKS + half, first = 4 * block + 2 * kept;
-        const u32 mask = seen.of(half, kept, rows.of[kept][0], rows.of[kept][1]);
-        to.word(block, kept) = pack_halves<BF16>(x[first], x[first + 1]) & mask;
+        const int number = unit * UNIT_BLOCKS + block, first = 4 * number + 2 * kept;
+        to.word(number, kept) = pack_halves<BF16>(x[first], x[first + 1]) & seen.of(block, kept, rows.of[kept]);
       }
   }
 }
@@ -190,8 +187,8 @@ INLINE void walk(const Block& block, const Arguments& a) {
     wait_for_products<0>();
     written(grad_key);
     if (first + TILE_BANDS - 1 < next) bands.release(before);
-    store(a.grad_key, grad_key, a.scale, a.scale, at, at.y + tile * TILE_H, l);
-    store(a.grad_value, grad_value, 1.0f, 1.0f, at, at.y + tile * TILE_H, l);
+    keys.store_sums(a.grad_key, grad_key, a.scale, a.scale, at, at.y + tile * TILE_H, l);
+    values.store_sums(a.grad_value, grad_value, 1.0f, 1.0f, at, at.y + tile * TILE_H, l);
   });
 }
 
@@ -204,7 +201,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
   divide(
       l,
       [&] {
-        if (l.warp > 1) fill_numbers(block, a, l.warp - 2);
+        if (l.warp > 1) fill_numbers(block, a, l.warp - NUMBER_WARPS);
         if (!a.after_grad_query) wait_for_launches();
         if (l.thread == 0) block.fill_bands(a.query, a.grad_out);
         if (block.l.thread == 32) block.fill_tiles(a.key, a.value);

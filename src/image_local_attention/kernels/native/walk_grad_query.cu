@@ -44,34 +44,15 @@ INLINE void make_weights(float (&s)[SCORES], const Less& less, int y, float fact
   }
 }
 
-// The gradients of a band's logits, p * (d - delta).
-INLINE void make_grads(Weights& ds, const float (&p)[SCORES], const float (&d)[SCORES], const float (&delta)[2], int y,
-                       const Lane& l) {
+// d = p * (d - delta), gradients of logits, of rows of a band that are seen.
+INLINE void make_grads(float (&d)[SCORES], const float (&p)[SCORES], const float (&delta)[2], int y, const Lane& l) {
 #pragma unroll
   for (int row = 0; row < BAND_H; row++) {
-    const RowSeen seen(y + row, l);
-    u32 words[ROW_BLOCKS][2] = {};
-    if (seen.any()) {
-#pragma unroll
-      for (int block = 0; block < ROW_BLOCKS; block++)
-#pragma unroll
-        for (int kept = 0; kept < 2; kept++) {
-          if (never(block, kept)) continue;
-          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
-          const float low = p[first] * (d[first] - delta[kept]), high = p[first + 1] * (d[first + 1] - delta[kept]);
-          words[block][kept] = pack_halves<BF16>(low, high);
-        }
-      if (!seen.both()) {
-#pragma unroll
-        for (int kept = 0; kept < 2; kept++)
-#pragma unroll
-          for (int block = 0; block < ROW_BLOCKS; block++) words[block][kept] = seen.by[kept] ? words[block][kept] : 0;
-      }
-    }
-#pragma unroll
-    for (int kept = 0; kept < 2; kept++)
-#pragma unroll
-      for (int block = 0; block < ROW_BLOCKS; block++) ds.word(row * ROW_BLOCKS + block, kept) = words[block][kept];
+    if (!RowSeen(y + row, l).any()) continue;
+    Less::for_each([&](int kept, int block, int i) {
+      const int number = 4 * (row * ROW_BLOCKS + block) + 2 * kept + i;
+      if (!never(block, kept)) d[number] = p[number] * (d[number] - delta[kept]);
+    });
   }
 }
 
@@ -109,7 +90,8 @@ INLINE void walk(const Block& block, const Arguments& a) {
       make_weights(s, less, number * BAND_H, factor, l);
       wait_for_products<0>();
       written(d);
-      make_grads(ds, s, d, of.delta, number * BAND_H, l);
+      make_grads(d, s, of.delta, number * BAND_H, l);
+      pack_seen(ds, d, number * BAND_H, l);
       written(sums);
       begin_products();
       add_weighted(sums, ds, block.first(band), number > 0);
@@ -120,7 +102,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
     wait_for_products<0>();
     written(sums);
     if (first + TILE_BANDS - 1 < next) bands.release(before);
-    store(a.grad_query, sums, a.scale, a.scale, at, y, l);
+    query.store_sums(a.grad_query, sums, a.scale, a.scale, at, y, l);
   });
 }
 

@@ -1,9 +1,10 @@
 // Maps whose columns lie side by side, where blocks walk: bands of rows, each of DEPTH channels of HALO_W columns.
 //
-// Copies begin on whole vectors of 8 columns. The halo does, for tiles begin so that it can. A kept map's tile is copied
-// with OFFSET columns before it and some behind, and a group moves its columns to where products take them from.
+// Copies begin on whole vectors of 8 columns. The halo does: of tiles that are 16 wide it has PAD columns that none of them
+// sees, and tiles that are 8 wide begin where it can. Those of a kept map are then copied with OFFSET columns before them
+// and some behind. A group moves its tile to where products take it from.
 
-constexpr int OFFSET = SEEN_LEAD_X % 8, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
+constexpr int OFFSET = BEFORE ? 8 - BEFORE : 0, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
 constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;
 constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tiles, as they are copied
 constexpr int MOVED_BYTES = 64 * DEPTH * 2;              // as products take it
@@ -12,6 +13,8 @@ static_assert(HALO_W == 32 || HALO_W == 64, "a row of a channel is a row of a pa
 
 using PlaneRows = SharedRows<PATTERN, ROW_BYTES>;
 using PlaneBlocks = SharedBlocks<DEPTH * 16>;
+
+constexpr bool IN_VECTORS = TILE_W == 16;  // whether rows of a tile are whole vectors of the map
 
 INLINE void copy_halo(u32 to, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
   copy_box_in(to, map, barrier, x, at.head * DEPTH, y, at.image);
@@ -45,6 +48,68 @@ struct Kept {
         moved[i] = OFFSET % 2 ? __funnelshift_r(words[word], words[word + 1], 16) : words[word];
       }
       store(tile + (number * DEPTH + channel) * 16, moved);
+    }
+  }
+
+  // By the group, once it has no more use for the tile: writes sums of its pixels, times a factor of each.
+  INLINE void store_sums(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high, const Place& at,
+                         int y, const Lane& l) const {
+    if (IN_VECTORS)
+      store_vectors(map, sums, low, high, at, y, l);
+    else
+      store_numbers(map, sums, low, high, at, y, l);
+  }
+
+  // A warp turns its row of the tile in the tile's place.
+  INLINE void store_vectors(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high,
+                            const Place& at, int y, const Lane& l) const {
+    const u32 row = tile + l.warp * DEPTH * 32;
+    const int matrix = l.lane >> 3, later = matrix >> 1 << 3 | l.lane & 7;
+    sync_group(l.group);
+#pragma unroll
+    for (int block = 0; block < DEPTH / 8; block += 2) {
+      u32 words[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++) {
+          const float* of = sums + 4 * (block + i) + 2 * kept;
+          const float factor = kept ? high : low;
+          words[i][kept] = pack_halves<BF16>(of[0] * factor, of[1] * factor);
+        }
+      store_matrices<true>(turned(row, 8 * block + later, matrix & 1), words[0][0], words[0][1], words[1][0], words[1][1]);
+    }
+    __syncwarp();
+    const int x = at.x + l.lane % 2 * 8;
+    if (!at.has(y + l.warp, x)) return;
+    Number* to = map.data + at.image * map.image + at.head * DEPTH * map.channel + (y + l.warp) * map.row + x;
+#pragma unroll
+    for (int channel = l.lane / 2; channel < DEPTH; channel += 16) {
+      u32 words[4];
+      load(words, turned(row, channel, l.lane % 2));
+      *reinterpret_cast<uint4*>(to + channel * map.channel) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+
+  // Where a vector of a row lies while it is turned: rows of four channels differ in their banks from the next four's.
+  static INLINE u32 turned(u32 row, int channel, int vector) {
+    return row + channel * 32 + (vector ^ channel >> 2 & 1) * 16;
+  }
+
+  // A lane writes its own.
+  INLINE void store_numbers(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high,
+                            const Place& at, int y, const Lane& l) const {
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++) {
+      const int row = y + l.y(kept), x = at.x + l.x(kept);
+      const float factor = kept ? high : low;
+      if (!at.has(row, x)) continue;
+      Number* to = map.data + at.image * map.image + (at.head * DEPTH + 2 * l.member) * map.channel + row * map.row + x;
+#pragma unroll
+      for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
+        const u32 word = pack_halves<BF16>(sums[4 * block + 2 * kept] * factor, sums[4 * block + 2 * kept + 1] * factor);
+        to[0] = word, to[map.channel] = word >> 16;
+      }
     }
   }
 
@@ -90,21 +155,4 @@ INLINE void add_weighted(float (&sums)[SUMS], const Weights& weights, u32 band, 
 #pragma unroll
   for (int i = 0; i < BLOCKS / 2; i++)
     multiply_channels(sums, weights.of[i], b.later(i / STEPS * ROW_BYTES + i % STEPS * 32), more || i > 0);
-}
-
-// Writes a tile's sums, times a factor of their pixel.
-INLINE void store(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high, const Place& at, int y,
-                  const Lane& l) {
-#pragma unroll
-  for (int kept = 0; kept < 2; kept++) {
-    const int row = y + l.y(kept), x = at.x + l.x(kept);
-    const float factor = kept ? high : low;
-    if (!at.has(row, x)) continue;
-    Number* to = map.data + at.image * map.image + (at.head * DEPTH + 2 * l.member) * map.channel + row * map.row + x;
-#pragma unroll
-    for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
-      const u32 word = pack_halves<BF16>(sums[4 * block + 2 * kept] * factor, sums[4 * block + 2 * kept + 1] * factor);
-      to[0] = word, to[map.channel] = word >> 16;
-    }
-  }
 }

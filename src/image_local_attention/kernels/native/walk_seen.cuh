@@ -8,7 +8,7 @@ constexpr int columns_seen(int block, int kept, bool by_all) {
   for (int i = 0; i < 8; i++) {
     int seen = 0;
     for (int column = 0; column < 8; column++)
-      seen += in_window((8 * block + i) % SEEN_W - column - (TILE_W == 8 ? 0 : 8 * kept), KERNEL_W);
+      seen += in_window((8 * block + i) % SEEN_W - PAD - column - (TILE_W == 8 ? 0 : 8 * kept), KERNEL_W);
     count += by_all ? seen == 8 : seen > 0;
   }
   return count;
@@ -36,7 +36,7 @@ struct Less {
 
   INLINE Less(float low, float high, const Lane& l) : numbers{low, high} {
     for_each([&](int kept, int block, int i) {
-      const bool seen = in_window(8 * block + 2 * l.member + i - l.x(kept), KERNEL_W);
+      const bool seen = in_window(8 * block + 2 * l.member + i - l.first(kept), KERNEL_W);
       columns[kept][block][i] = seen ? -numbers[kept] : -__uint_as_float(0x7F800000);
     });
   }
@@ -61,3 +61,33 @@ struct Less {
         for (int i = 0; i < 2; i++) act(kept, block, i);
   }
 };
+
+// Numbers of a band as products take them; of what is not seen they are 0. y: the band's first row, from the first that the
+// tile sees.
+INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& l) {
+#pragma unroll
+  for (int row = 0; row < BAND_H; row++) {
+    const RowSeen seen(y + row, l);
+    u32 words[ROW_BLOCKS][2] = {};
+    if (seen.any()) {
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++)
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++) {
+          if (never(block, kept)) continue;
+          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
+          words[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
+        }
+      if (!seen.both()) {
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+          for (int block = 0; block < ROW_BLOCKS; block++) words[block][kept] = seen.by[kept] ? words[block][kept] : 0;
+      }
+    }
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++) to.word(row * ROW_BLOCKS + block, kept) = words[block][kept];
+  }
+}

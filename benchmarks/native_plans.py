@@ -100,8 +100,9 @@ class Problem:
 
     def _walks(self) -> Iterator[walk.WalkPlan]:
         """With as many bands as there is room for, and with two fewer."""
-        for tile, band, (groups, abreast) in WALKS:
-            plans = (walk.WalkPlan(tile, band, slots, groups, abreast) for slots in range(WALK_SLOTS, 1, -1))
+        one_by_one = (False, True) if self.task != "forward" else (False,)
+        for (tile, band, (groups, abreast)), in_turn in itertools.product(WALKS, one_by_one):
+            plans = (walk.WalkPlan(tile, band, slots, groups, abreast, in_turn) for slots in range(WALK_SLOTS, 1, -1))
             fit = [plan for plan in plans if (held := self.compiled(plan)).fits and held.shared <= limit()]
             yield from fit[:3:2]
 

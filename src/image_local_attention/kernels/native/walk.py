@@ -30,7 +30,8 @@ class WalkPlan:
     """Blocks of `groups` of four warps that take turns at tiles, and one that copies.
 
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
-    are held at once. abreast: tiles side by side, each of a group; more than one over planes alone.
+    are held at once. abreast: tiles side by side, each of a group; more than one over planes alone. one_by_one: whether
+    kept maps of planes are copied and moved one after the other, which takes less room.
     """
 
     tile: tuple[int, int] = (8, 8)
@@ -38,6 +39,7 @@ class WalkPlan:
     slots: int = 6
     groups: int = 2
     abreast: int = 1
+    one_by_one: bool = False
 
     @property
     def turns(self) -> int:
@@ -103,6 +105,7 @@ class Walk(NamedTuple):
         held = plan.slots > 2 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
         shared = th % plan.band == 0 and plan.groups > 1 and (self.planes or plan.band % 2 == 0)
         apart = plan.groups % plan.abreast == 0 and tw * (plan.abreast - 1) + self.seen <= self.halo[1]
+        apart &= self.planes or not (plan.abreast > 1 or plan.one_by_one)
         return held and shared and apart and self.halo[1] <= _WIDTHS[self.planes and plan.abreast > 1]
 
     @property
@@ -117,6 +120,7 @@ class Walk(NamedTuple):
             "PLANES": int(self.planes),
             "DEPTH": self.depth,
             "KEPT_MAPS": self.kept_maps,
+            "STAGED": self.staged,
             "PRODUCT_MAPS": self.product_maps,
             "NUMBERS": self.numbers,
             "BEFORE": self.before,
@@ -176,6 +180,11 @@ class Walk(NamedTuple):
         return min(self.kept_maps, 2)
 
     @property
+    def staged(self) -> int:
+        """Of these, those whose tiles are there at once."""
+        return 1 if self.plan.one_by_one else self.kept_maps
+
+    @property
     def numbers(self) -> int:
         """Floats of a pixel of a band: log-sum-exp and delta."""
         return 2 if self.task == "grad_key_value" else 0
@@ -190,10 +199,10 @@ class Walk(NamedTuple):
         """Bytes of shared memory that a block takes."""
         rows, columns = self.halo
         band = 2 * rows * columns * self.depth * 2 + _whole_patterns(rows * columns * self.numbers * 4)
-        kept = self.kept_maps * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
+        kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
         moved = self.product_maps * _TILE * self.depth * 2  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
-        return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * _BARRIERS
+        return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * self.kept_maps // self.staged * _BARRIERS
 
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:

@@ -1,11 +1,12 @@
 // What a block that walks holds, and the warps that copy it: a ring of bands, of two maps of the halo, and tiles of maps
-// whose pixels are kept.
+// whose pixels are kept, which come STAGED maps at once.
 
 constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(BAND_PIXELS * NUMBERS * 4, 1024) * 1024;
-constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = KEPT_MAPS * TILE_ROOM;
+constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = STAGED * TILE_ROOM, STAGES = KEPT_MAPS / STAGED;
 constexpr int MOVED_ROOM = PRODUCT_MAPS * MOVED_BYTES;  // of a group
 constexpr int TILES = SLOTS * BAND_ROOM, MOVED = TILES + KEPT_SLOTS * KEPT_ROOM, BARRIERS = MOVED + GROUPS * MOVED_ROOM;
-constexpr int ROOM = BARRIERS + (SLOTS + TURNS) * Barriers::BYTES;
+constexpr int ROOM = BARRIERS + (SLOTS + TURNS * STAGES) * Barriers::BYTES;
+static_assert(KEPT_MAPS % STAGED == 0 && (KEPT_SLOTS == 1 || STAGES == 1), "a stage is read before the next comes");
 
 // Of a thread that multiplies, and one that copies: what a block has for all.
 constexpr int FEW_REGISTERS = 24;
@@ -16,17 +17,24 @@ struct Block {
   Lane l;
   unsigned char* raw;
   u32 start;
-  Barriers bands, tiles;
+  Barriers bands, stages;
 
   INLINE Block(int heads, int height, int width, unsigned char* raw)
       : at(heads, height, width), raw(raw), start(shared_start(raw)) {
-    bands = {start + BARRIERS}, tiles = {bands.first + SLOTS * Barriers::BYTES};
+    bands = {start + BARRIERS}, stages = {bands.first + SLOTS * Barriers::BYTES};
   }
 
   // Bytes to what is held.
   INLINE u32 band(const Use& use) const { return use.slot * BAND_ROOM; }
   INLINE u32 numbers(const Use& use) const { return band(use) + 2 * BAND_BYTES; }
-  INLINE u32 tile(int number, int map) const { return TILES + number % KEPT_SLOTS * KEPT_ROOM + map * TILE_ROOM; }
+  INLINE u32 tile(int number, int map) const { return TILES + number % KEPT_SLOTS * KEPT_ROOM + map % STAGED * TILE_ROOM; }
+
+  // Of a tile's stage that has a map, its use.
+  INLINE Use stage(int number, int map) const {
+    Use use(number, TURNS);
+    use.slot = use.slot * STAGES + map / STAGED;
+    return use;
+  }
 
   // Addresses of a band's maps, for copies, and of what the group's tiles see of them.
   INLINE u32 whole(const Use& use, int map) const { return start + band(use) + map * BAND_BYTES; }
@@ -40,7 +48,7 @@ struct Block {
   // By all threads. fillers: arrivals of a band.
   INLINE void init(int fillers) const {
     if (threadIdx.x == 0) {
-      bands.init(SLOTS, fillers, GROUPS * GROUP_THREADS), tiles.init(TURNS, 1, ABREAST * GROUP_THREADS);
+      bands.init(SLOTS, fillers, GROUPS * GROUP_THREADS), stages.init(TURNS * STAGES, 1, ABREAST * GROUP_THREADS);
       barriers_ready();
     }
     __syncthreads();
@@ -62,30 +70,51 @@ struct Block {
   template <typename... Maps>
   INLINE void fill_tiles(const Maps&... maps) const {
     for (int number = 0; number < at.tiles; number++) {
-      const u32 barrier = tiles.full(Use(number, TURNS));
-      if (number >= KEPT_SLOTS) {
-        const Use before(number - KEPT_SLOTS, TURNS);
-        barrier_wait(tiles.read(before), before.turn);
-      }
-      before_copies();
-      barrier_expect(barrier, KEPT_MAPS * KEPT_BYTES);
       int map = 0;
-      (copy_kept(start + tile(number, map++), maps, barrier, at.y + number * TILE_H, at), ...);
+      (fill_tile(number, map++, maps), ...);
     }
   }
 
-  // By the group that has a tile, once its maps have come: what products take of one.
-  INLINE Kept kept(int number, int map) const {
-    return Kept(start + MOVED + l.group * MOVED_ROOM + map * MOVED_BYTES, start + tile(number, map), l);
+  INLINE void fill_tile(int number, int map, const TensorMap& from) const {
+    const u32 barrier = stages.full(stage(number, map));
+    if (map % STAGED == 0) {
+      if (map > 0)
+        wait_for_readers(number, map - 1);
+      else if (number >= KEPT_SLOTS)
+        wait_for_readers(number - KEPT_SLOTS, KEPT_MAPS - 1);
+      before_copies();
+      barrier_expect(barrier, STAGED * KEPT_BYTES);
+    }
+    copy_kept(start + tile(number, map), from, barrier, at.y + number * TILE_H, at);
+  }
+
+  INLINE void wait_for_readers(int number, int map) const {
+    const Use use = stage(number, map);
+    barrier_wait(stages.read(use), use.turn);
+  }
+
+  // By the group that has a tile, once all of it have left the last: what products take of a map, moved there.
+  INLINE Kept take(int number, int map) const {
+    wait_for(number, map);
+    const Kept kept(start + MOVED + l.group * MOVED_ROOM + map * MOVED_BYTES, start + tile(number, map), l);
+    if (Kept::MOVED) leave(number, map);
+    return kept;
+  }
+
+  // For a map to have come; and when a thread has read it.
+  INLINE void wait_for(int number, int map) const {
+    if (map % STAGED == 0) stages.wait(stage(number, map));
+  }
+  INLINE void leave(int number, int map) const {
+    if ((map + 1) % STAGED == 0) stages.release(stage(number, map));
   }
 
   // Before and after a tile's maps are moved: until all have seen the last, and until all of this is there.
   INLINE void begin_moving() const {
     if (Kept::MOVED) sync_group(l.group);
   }
-  INLINE void end_moving(const Use& tile) const {
+  INLINE void end_moving() const {
     if (!Kept::MOVED) return;
-    tiles.release(tile);
     before_copies();
     sync_group(l.group);
   }

@@ -108,11 +108,9 @@ INLINE void walk(const Block& block, const Arguments& a) {
   const Barriers& bands = block.bands;
   const float factor = a.flip ? -a.factor : a.factor;
   block.for_each_tile([&](int tile, int first, int next) {
-    const Use of_tile(tile, TURNS);
-    block.tiles.wait(of_tile);
     block.begin_moving();
-    const Kept query = block.kept(tile, 0);
-    block.end_moving(of_tile);
+    const Kept query = block.take(tile, 0);
+    block.end_moving();
     Use band(first, SLOTS), before = band;
     Softmax softmax(l);
     float s[SCORES], o[SUMS];

@@ -143,14 +143,12 @@ INLINE void walk(const Block& block, const Arguments& a) {
   const float factor = __uint_as_float(held(__float_as_uint(a.flip ? -a.factor : a.factor)));
   const Seen seen(l);
   block.for_each_tile([&](int tile, int first, int next) {
-    const Use of_tile(tile, TURNS);
     Use band(first, SLOTS), before = band;
     float s[SCORES], d[SCORES], grad_key[SUMS], grad_value[SUMS];
     Weights p, ds;
-    block.tiles.wait(of_tile);
     block.begin_moving();
-    const Kept keys = block.kept(tile, 0), values = block.kept(tile, 1);
-    block.end_moving(of_tile);
+    const Kept keys = block.take(tile, 0), values = block.take(tile, 1);
+    block.end_moving();
 #pragma unroll 1
     for (int number = 0; number < TILE_BANDS; number++) {
       const int y = number * BAND_H;
@@ -167,7 +165,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
       make_weights(s, lse, y, factor, l);
       wait_for_products<0>();
       written(d);
-      if (!Kept::MOVED && number == TILE_BANDS - 1) block.tiles.release(of_tile);
+      if (!Kept::MOVED && number == TILE_BANDS - 1) block.leave(tile, KEPT_MAPS - 1);
       pack_seen(p, s, y, seen, l);
       written(grad_value);
       begin_products();

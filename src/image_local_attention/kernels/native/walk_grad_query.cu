@@ -62,15 +62,14 @@ INLINE void walk(const Block& block, const Arguments& a) {
   const Barriers& bands = block.bands;
   const float factor = a.flip ? -a.factor : a.factor;
   block.for_each_tile([&](int tile, int first, int next) {
-    const Use of_tile(tile, TURNS);
     const int y = at.y + tile * TILE_H;
-    block.tiles.wait(of_tile);
     block.begin_moving();
-    const Kept query = block.kept(tile, 0), grad = block.kept(tile, 1);
+    const Kept query = block.take(tile, 0), grad = block.take(tile, 1);
+    block.end_moving();
     float products[2];
-    sync_group(l.group);
+    block.wait_for(tile, 2);
     grad.products(products, block.raw - block.start, block.start + block.tile(tile, 2), l);
-    block.end_moving(of_tile);
+    block.leave(tile, 2);
     const Numbers of(products, a, at, y, l);
     const Less less(of.lse[0], of.lse[1], l);
     Use band(first, SLOTS), before = band;

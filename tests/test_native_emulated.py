@@ -91,7 +91,7 @@ def test_tiles_that_begin_before_the_map(columns, task):
 @pytest.mark.parametrize(("walked", "late"), [(each, i % 2 == 0) for i, each in enumerate(WALKED) if not each[0]])
 def test_blocks_that_walk_are_within_their_budgets(walked, late):
     """On maps of three tiles to a block and two, of two, and of one, which leaves a group without any."""
-    _, kernel, _ = walked
+    _, _, kernel, _ = walked
     for slots, size, heads in (6, (35, 2), 1), (5, (11, 9), 1), (6, (5, 3), 2):
         each = problem(heads, 64, size, kernel, batch=heads, causal=(late, False), scale=-0.1 if late else None)
         with walking(False, WalkPlan(slots=slots)), emulated(late) as ran:
@@ -101,14 +101,14 @@ def test_blocks_that_walk_are_within_their_budgets(walked, late):
 
 @pytest.mark.parametrize(("walked", "late"), [(each, i % 2 == 0) for i, each in enumerate(WALKED) if each[0]])
 def test_blocks_that_walk_over_planes_are_within_their_budgets(walked, late):
-    """Of two groups and of three, on maps of several tiles each way and of one."""
-    _, kernel, plan = walked
-    for groups, size in (2, (19, 16)), (3, (6, 8)):
+    """In one turn or two, and in one more, on maps of several tiles each way and of one."""
+    _, depth, kernel, plan = walked
+    for more, size in (0, (19, 16 * plan.abreast)), (plan.abreast, (6, 8)):
         each = problem(
-            1, 64, size, kernel, causal=(False, late), scale=-0.1 if late else None, layouts=("contiguous",) * 4
+            1, depth, size, kernel, causal=(False, late), scale=-0.1 if late else None, layouts=("contiguous",) * 4
         )
-        with walking(True, replace(plan, groups=groups)), emulated(late) as ran:
-            check(ATTENTION, each, TRITON, torch.float16 if groups == 2 else torch.bfloat16)
+        with walking(True, replace(plan, groups=plan.groups + more)), emulated(late) as ran:
+            check(ATTENTION, each, TRITON, torch.bfloat16 if more else torch.float16)
         assert set(ran) == FUSED
 
 

@@ -26,10 +26,20 @@ HALVES = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
-# By blocks that walk: whether columns lie side by side, windows of every width of halos and place of tiles, and plans.
-WALKED = [(False, kernel, WalkPlan()) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
-WALKED += [(True, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (3, 8), (6, 25))]
-WALKED += [(True, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
+# By blocks that walk: whether columns lie side by side, channels per head, windows of every width of halos and place of
+# tiles, and plans.
+WALKED = [(False, 64, kernel, WalkPlan()) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
+WALKED += [(True, 64, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (3, 8), (6, 25))]
+WALKED += [(True, 64, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
+WALKED += [
+    (True, 16, (5, 21), WalkPlan((4, 16), 2, 6, 4, 2)),
+    (True, 32, (9, 6), WalkPlan((4, 16), 1, 8, 6, 3)),
+    (True, 32, (3, 9), WalkPlan((8, 8), 2, 5, 3, 3, one_by_one=True)),
+    (True, 64, (5, 7), WalkPlan((4, 16), 1, 5, 3, 3)),
+    (True, 64, (7, 2), WalkPlan((4, 16), 2, 4, 2, 2)),
+    (True, 128, (7, 3), WalkPlan((4, 16), 1, 7, 2, one_by_one=True)),
+    (True, 128, (2, 19), WalkPlan((8, 8), 2, 3, 2, one_by_one=True)),
+]
 
 TRITON = Target("triton", "cuda")
 FUSED = {"forward", "grad_query", "grad_key_value"}
@@ -184,15 +194,15 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
 
 BANDS = [job for job in table.rows() if job[2].plan.band]
 WALKS = [
-    (task, plan.Form("half", planes), table.Row(64, row.kernel, row.plan))
-    for (task, planes), rows in walk.table()
+    (task, plan.Form("half", planes), table.Row(depth, row.kernel, row.plan))
+    for (task, planes, depth), rows in walk.table()
     for row in rows
 ]
 
 
 def walk_name(job) -> str:
     task, form, row = job
-    return f"walk-{task}-{'planes' if form.planes else 'rows'}-k{row.kernel}"
+    return f"walk-{task}-{'planes' if form.planes else 'rows'}-{row.depth}-k{row.kernel}"
 
 
 @contextmanager
@@ -205,8 +215,9 @@ def walking(planes: bool, held: WalkPlan) -> Iterator[None]:
 
 
 def walked_name(walked) -> str:
-    planes, (h, w), held = walked
-    return f"{'planes' if planes else 'rows'}-{h}x{w}-{held.tile[0]}x{held.tile[1]}"
+    planes, depth, (h, w), held = walked
+    side_by_side = f"{held.abreast}x{held.tile[1]}"
+    return f"{'planes' if planes else 'rows'}-{depth}-{h}x{w}-{held.tile[0]}x{side_by_side}"
 
 
 @pytest.mark.gpu
@@ -344,13 +355,13 @@ def test_maps_past_two_to_the_31_elements(dtype):
 @pytest.mark.usefixtures("poison")
 def test_blocks_that_walk_are_within_their_budgets(walked, served, monkeypatch):
     """With few tiles to a block, and, as if there were few multiprocessors, with many."""
-    planes, kernel, held = walked
+    planes, depth, kernel, held = walked
     layouts = ("contiguous" if planes else "channels_last",) * 4
-    for multiprocessors, size, heads, dtype in (132, (11, 24), 2, torch.float16), (2, (27, 16), 1, torch.bfloat16):
+    for multiprocessors, size, heads, dtype in (132, (11, 24), 2, torch.float16), (2, (27, 56), 1, torch.bfloat16):
         monkeypatch.setattr(launch, "_multiprocessors", lambda device, count=multiprocessors: count)
         launch._native.cache_clear()
         with walking(planes, held):
-            check(ATTENTION, problem(heads, 64, size, kernel, batch=heads, layouts=layouts), TRITON, dtype)
+            check(ATTENTION, problem(heads, depth, size, kernel, batch=heads, layouts=layouts), TRITON, dtype)
     launch._native.cache_clear()
     assert set(served) >= FUSED
 

@@ -102,7 +102,7 @@ class Walk(NamedTuple):
         Where channels lie side by side, two rows of a band are taken together.
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
-        held = plan.slots > 2 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
+        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
         shared = th % plan.band == 0 and plan.groups > 1 and (self.planes or plan.band % 2 == 0)
         apart = plan.groups % plan.abreast == 0 and tw * (plan.abreast - 1) + self.seen <= self.halo[1]
         apart &= self.planes or not (plan.abreast > 1 or plan.one_by_one)
@@ -234,23 +234,64 @@ class Row(NamedTuple):
 
 # The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
 # those of the kernel that `table` has for these windows, by task, whether columns lie side by side and channels per head.
+# 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
 _TABLE = {
+    ("forward", True, 16): (
+        Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
+        Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
+    ),
+    ("forward", True, 32): (
+        Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
+    ),
     ("forward", True, 64): (
-        # 512-64-k15 0.103 : 0.148, k17 0.105 : 0.159, 8x128-8x64-k15 0.452 : 0.570
-        Row(15, 17, WalkPlan((4, 16), 2, 11, 3)),
-        # 512-64-k19 0.165 : 0.201, k21 0.173 : 0.216; 8x128-8x64-k21 0.723 : 0.977; 128-64-k21 0.024 : 0.030
-        Row(15, 21, WalkPlan((8, 8), 2, 11, 3)),
+        # 512-64-k3 0.056 : 0.073, k5 0.064 : 0.085, 2048-64-k5 0.865 : 1.229, 128-64-k5 0.0128 : 0.0167
+        Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),
+        # 8x128-8x64-k7 0.231 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461; 4x64-2x64-k7 0.0165 : 0.0186,
+        # 64-64-k7 0.0103 : 0.0143, 128-64-k11 0.0140 : 0.0204
+        Row(3, 11, WalkPlan((4, 16), 2, 5, 4, 2)),
+        Row(5, 17, WalkPlan((4, 16), 4, 4, 3)),  # 8x128-8x64-k13 0.312 : 0.461; 512-64-k17 0.095 : 0.159
+        Row(15, 21, WalkPlan((8, 8), 4, 5, 3)),  # 512-64-k21 0.165 : 0.216; 128-64-k21 0.0241 : 0.0300
+    ),
+    ("forward", True, 128): (
+        Row(3, 7, WalkPlan((4, 16), 1, 4, 4, 2)),  # 8x128-8x128-k5 0.435 : 0.679, k7 0.546 : 0.747
+        # 8x128-8x128-k9 0.611 : 0.817, k13 0.614 : 0.978; 256-4x128-k17 0.189 : 0.291
+        Row(5, 17, WalkPlan((4, 16), 2, 5, 3)),
+        Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
+    ),
+    ("grad_query", True, 32): (
+        Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
+        Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.276 : 0.373
     ),
     ("grad_query", True, 64): (
-        # 512-64-k15 0.139 : 0.168, k17 0.135 : 0.181, 8x128-8x64-k15 0.614 : 0.673
-        Row(15, 17, WalkPlan((4, 16), 2, 8, 3)),
-        # 512-64-k19 0.208 : 0.256, k21 0.212 : 0.273, 8x128-8x64-k21 0.934 : 1.16
-        Row(15, 21, WalkPlan((8, 8), 1, 14, 3)),
+        Row(3, 5, WalkPlan((4, 16), 1, 6, 3, 3)),  # 512-64-k3 0.081 : 0.096, 2048-64-k5 1.33 : 1.49
+        # 8x128-8x64-k7 0.400 : 0.408, k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 64-64-k7 0.0106 : 0.0160,
+        # 128-64-k11 0.0175 : 0.0230; 512-64-k17 0.129 : 0.181
+        Row(5, 17, WalkPlan((4, 16), 2, 7, 3)),
+        Row(15, 21, WalkPlan((8, 8), 2, 8, 3)),  # 512-64-k21 0.196 : 0.273; 128-64-k21 0.0284 : 0.0313
+    ),
+    ("grad_query", True, 128): (
+        Row(3, 7, WalkPlan((4, 16), 1, 7, 2)),  # 8x128-8x128-k5 0.794 : 1.04, k7 0.782 : 1.11
+        Row(5, 14, WalkPlan((4, 16), 1, 5, 3)),  # 8x128-8x128-k9 0.836 : 1.20, k13 0.988 : 1.34
+        Row(15, 21, WalkPlan((8, 8), 1, 6, 3, one_by_one=True)),  # 256-4x128-k21 0.558 : 0.647
+    ),
+    ("grad_key_value", True, 32): (
+        Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
+        Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.408 : 0.785
     ),
     ("grad_key_value", True, 64): (
-        Row(17, 17, WalkPlan((4, 16), 2, 10, 2)),  # 512-64-k17 0.237 : 0.271
+        Row(3, 5, WalkPlan((4, 16), 1, 5, 3, 3)),  # 512-64-k3 0.114 : 0.124, 2048-64-k5 1.82 : 1.93
+        # 8x128-8x64-k7 0.520 : 0.621, k9 0.568 : 0.700, k11 0.621 : 0.853, k13 0.671 : 0.855; 64-64-k7 0.0141 : 0.0201,
+        # 128-64-k11 0.0221 : 0.0350; 512-64-k17 0.210 : 0.271
+        Row(5, 17, WalkPlan((4, 16), 2, 8, 2)),
         # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
         Row(17, 21, WalkPlan((8, 8), 2, 9, 2)),
+    ),
+    ("grad_key_value", True, 128): (
+        # 8x128-8x128-k5 0.979 : 1.55, k7 0.994 : 1.69, k9 1.08 : 1.87, k13 1.41 : 2.20
+        Row(3, 13, WalkPlan((4, 16), 1, 8, 2, one_by_one=True)),
     ),
     ("grad_key_value", False, 64): (
         # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,

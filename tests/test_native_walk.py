@@ -107,7 +107,8 @@ def test_tiles_side_by_side_fit_whose_halo_is_no_wider_than_a_copy_of_64_columns
 
 
 def test_products_of_tiles_side_by_side_take_steps_of_16_columns():
-    for tile, width, seen, halo in ((4, 16), 7, 32, 64), ((4, 16), 19, 48, 64), ((8, 8), 9, 16, 32), ((8, 8), 20, 32, 64):
+    sizes = ((4, 16), 7, 32, 64), ((4, 16), 19, 48, 64), ((8, 8), 9, 16, 32), ((8, 8), 20, 32, 64)
+    for tile, width, seen, halo in sizes:
         compiled = compiled_for((7, width), WalkPlan(tile, 2, 8, 2, 2), "forward", planes=True)
         assert (compiled.seen, compiled.halo[1]) == (seen, halo)
 
@@ -122,8 +123,9 @@ def test_tiles_of_planes_begin_where_halos_can():
 
 def test_halos_of_tiles_16_wide_begin_where_tiles_do():
     """With columns that none of them sees, so that results are whole vectors."""
+    plan = WalkPlan((4, 16), 2, 8, 4, 2)
     for width, pad in (3, 7), (7, 5), (14, 1), (17, 0):
-        compiled = compiled_for((7, width), WalkPlan((4, 16), 2, 8, 4, 2), "forward", planes=True)
+        compiled = compiled_for((7, width), plan, "forward", planes=True)
         assert (compiled.before, compiled.pad, compiled.kept_box) == (0, pad, (4, 32))
         assert compiled.grid(1, 3, 8, 64)[0] == 3 * 2
 

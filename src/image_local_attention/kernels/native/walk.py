@@ -30,8 +30,8 @@ class WalkPlan:
     """Blocks of `groups` of four warps that take turns at tiles, and one that copies.
 
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
-    are held at once. abreast: tiles side by side, each of a group; more than one over planes alone. one_by_one: whether
-    kept maps of planes are copied and moved one after the other, which takes less room.
+    are held at once. Over planes alone: abreast: tiles side by side, each of a group. one_by_one: whether kept maps are
+    copied and moved one after the other, which takes less room.
     """
 
     tile: tuple[int, int] = (8, 8)
@@ -191,7 +191,7 @@ class Walk(NamedTuple):
 
     @property
     def kept_box(self) -> tuple[int, int]:
-        """Rows and columns of what is copied of a kept map: in planes also what lies before the tiles in their vector."""
+        """Rows and columns of what is copied of a kept map: in planes also what lies in a tile's vector before it."""
         return self.plan.tile[0], self.plan.columns + (_VECTOR if self.before else 0)
 
     @property
@@ -233,8 +233,8 @@ class Row(NamedTuple):
 
 
 # The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
-# those of the kernel that `table` has for these windows, by task, whether columns lie side by side and channels per head.
-# 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
+# those of the kernel that `table` has for these windows, by task, whether columns lie side by side and channels per
+# head. 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
 _TABLE = {
     ("forward", True, 16): (
         Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220

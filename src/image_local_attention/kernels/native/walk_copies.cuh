@@ -66,10 +66,10 @@ struct Block {
     }
   }
 
-  // By one thread: copies tiles of kept maps.
+  // By one thread: copies tiles `from` to `to` of kept maps.
   template <typename... Maps>
-  INLINE void fill_tiles(const Maps&... maps) const {
-    for (int number = 0; number < at.tiles; number++) {
+  INLINE void fill_tiles(int from, int to, const Maps&... maps) const {
+    for (int number = from; number < to; number++) {
       int map = 0;
       (fill_tile(number, map++, maps), ...);
     }
@@ -142,12 +142,22 @@ struct Block {
   }
 };
 
-// What the threads of a block do: those of the last group copy, others multiply.
-template <typename Fill, typename Walk>
-INLINE void divide(const Lane& l, Fill fill, Walk walk) {
+// What the threads of a block do: those of the last group copy, others multiply. a, b: maps whose bands pass; kept: those
+// whose tiles are kept. early: whether they are there before earlier launches end. aid: what the copying group's other
+// warps do.
+template <typename Aid, typename Walk, typename... Maps>
+INLINE void divide(const Block& block, bool early, Aid aid, Walk walk, const TensorMap& a, const TensorMap& b,
+                   const Maps&... kept) {
+  const Lane& l = block.l;
   if (l.group == GROUPS) {
     fewer_registers<FEW_REGISTERS>();
-    fill();
+    if (l.warp > 1) aid();
+    if (!early) wait_for_launches();
+    if (l.thread == 0) {
+      if (STAGED == KEPT_MAPS) block.fill_tiles(0, 1, kept...);  // before the bands that it waits for
+      block.fill_bands(a, b);
+    }
+    if (l.thread == 32) block.fill_tiles(STAGED == KEPT_MAPS, block.at.tiles, kept...);
     __syncwarp();
     wait_for_launches();
     next_may_begin();

@@ -194,15 +194,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
     walk_grad_key_value(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) unsigned char raw[];
   const Block block(a.heads, a.height, a.width, raw);
-  const Lane& l = block.l;
   block.init(FILLERS);
-  divide(
-      l,
-      [&] {
-        if (l.warp > 1) fill_numbers(block, a, l.warp - NUMBER_WARPS);
-        if (!a.after_grad_query) wait_for_launches();
-        if (l.thread == 0) block.fill_bands(a.query, a.grad_out);
-        if (block.l.thread == 32) block.fill_tiles(a.key, a.value);
-      },
-      [&] { walk(block, a); });
+  const auto fill = [&] { fill_numbers(block, a, block.l.warp - NUMBER_WARPS); };
+  divide(block, a.after_grad_query, fill, [&] { walk(block, a); }, a.query, a.grad_out, a.key, a.value);
 }

@@ -110,12 +110,5 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   const Block block(a.heads, a.height, a.width, raw);
   block.init(1);
-  divide(
-      block.l,
-      [&] {
-        wait_for_launches();
-        if (block.l.thread == 0) block.fill_bands(a.key, a.value);
-        if (block.l.thread == 32) block.fill_tiles(a.query, a.grad_out, a.out);
-      },
-      [&] { walk(block, a); });
+  divide(block, false, [] {}, [&] { walk(block, a); }, a.key, a.value, a.query, a.grad_out, a.out);
 }

@@ -1,8 +1,8 @@
 // Maps whose columns lie side by side, where blocks walk: bands of rows, each of DEPTH channels of HALO_W columns.
 //
-// Copies begin on whole vectors of 8 columns. The halo does: of tiles that are 16 wide it has PAD columns that none of them
-// sees, and tiles that are 8 wide begin where it can. Those of a kept map are then copied with OFFSET columns before them
-// and some behind. A group moves its tile to where products take it from.
+// Copies begin on whole vectors of 8 columns. So do halos: of tiles that are 16 wide they have PAD columns that none of them
+// sees, and tiles that are 8 wide begin where halos can. Those of a kept map are then copied with OFFSET columns before
+// them and some behind. A group moves its tile to where products take it from.
 
 constexpr int OFFSET = BEFORE ? 8 - BEFORE : 0, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
 constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;

@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda")
 TASKS = "forward", "grad_query", "grad_key_value"
 GROUPS = DESIGNED | {"unfused": UNFUSED_CASES}
 TILES = (4, 8), (8, 8), (4, 16), (8, 16), (4, 32)
-# Of planes of halves, whose halos have unseen columns, and of two units.
+# Of planes, whose halos have unseen columns, and of two units.
 LARGE = (4, 24), (8, 24), (8, 32), (4, 48), (4, 64), (16, 16)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
@@ -83,11 +83,11 @@ class Problem:
         case, single = self.case, self.form.element == 4
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows
         if single:  # by how many registers sums of so many channels take
-            sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384))
+            sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384, 512))
             steps = (1, 2, 3) if self.form.product == "three-pass" else (1, 2, 3, 4)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
-                sized, steps = (256,), (1,)
-        bands = (*BANDS, (2, 2)) if self.form.planes and not single else BANDS
+                sized, steps = (256, 384), (1,)
+        bands = (*BANDS, (2, 2), (1, 4)) if self.form.planes else BANDS
         if self.task in UNFUSED:
             sized, steps, bands = MORE_THREADS, (1, 2, 3) if single else (1, 2, 3, 4, 6), MORE_BANDS
         for (units, sharers), (band, slots), step in itertools.product(self._sharing(), bands, steps):
@@ -115,7 +115,7 @@ class Problem:
             yield from ((1, 2), (2, 2))
 
     def _tiles(self, units: int) -> tuple[tuple[int, int], ...]:
-        large = units == 2 or (self.form.planes and self.form.element == 2)
+        large = units == 2 or self.form.planes
         return (*TILES, *LARGE) if large and self.task not in UNFUSED else TILES
 
     def _shifts(self, plan: Plan) -> Iterator[Plan]:

@@ -25,7 +25,7 @@ using Number = unsigned short;  // of a map, as it lies in memory
 struct Lane {
   int lane, group, warp;  // of the warp, of the block, of the group
   int thread;             // of the group
-  int turn, left;         // of the group: among those one below the other; columns from the block's first tile to its own
+  int turn, left;         // of the group: among tiles one below the other; columns from the block's first to its own
   int column, member;     // of the tile's first 8, of the lanes that share its pixels
 
   INLINE Lane() {
@@ -50,7 +50,8 @@ struct Place {
 
   INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
     const int rows = ceil_div(height, TILE_H), most = ceil_div(rows, gridDim.y), first = blockIdx.y * most;
-    x = blockIdx.x / heads * (TILE_W * ABREAST) - BEFORE, head = blockIdx.x % heads, image = blockIdx.z, y = first * TILE_H;
+    x = blockIdx.x / heads * (TILE_W * ABREAST) - BEFORE, y = first * TILE_H;
+    head = blockIdx.x % heads, image = blockIdx.z;
     tiles = min(most, rows - first), bands = TILE_STEP * (tiles - 1) + TILE_BANDS;
   }
 

@@ -1,6 +1,7 @@
 """Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they serve and hold."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -230,6 +231,7 @@ class Row(NamedTuple):
     least: int  # the smaller side of the smallest window
     kernel: int  # the larger side of the widest
     plan: WalkPlan
+    pixels: float = math.inf  # of all images and heads, at most
 
 
 # The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
@@ -245,10 +247,11 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
     ),
     ("forward", True, 64): (
-        # 512-64-k3 0.056 : 0.073, k5 0.064 : 0.085, 2048-64-k5 0.865 : 1.229, 128-64-k5 0.0128 : 0.0167
-        Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),
-        # 8x128-8x64-k7 0.231 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461; 4x64-2x64-k7 0.0165 : 0.0186,
-        # 64-64-k7 0.0103 : 0.0143, 128-64-k11 0.0140 : 0.0204
+        # 4x64-2x64-k7 0.0144 : 0.0186, 64-64-k7 0.0098 : 0.0143, 128-64-k5 0.0117 : 0.0167, k11 0.0139 : 0.0204
+        Row(3, 11, WalkPlan((4, 16), 2, 3, 4, 2), pixels=2**15),
+        Row(3, 5, WalkPlan((4, 16), 2, 5, 4, 2), pixels=2**19),  # 512-64-k3 0.059 : 0.073, k5 0.057 : 0.085
+        Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),  # 2048-64-k5 0.873 : 1.229
+        # 8x128-8x64-k7 0.230 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461
         Row(3, 11, WalkPlan((4, 16), 2, 5, 4, 2)),
         Row(5, 17, WalkPlan((4, 16), 4, 4, 3)),  # 8x128-8x64-k13 0.312 : 0.461; 512-64-k17 0.095 : 0.159
         Row(15, 21, WalkPlan((8, 8), 4, 5, 3)),  # 512-64-k21 0.165 : 0.216; 128-64-k21 0.0241 : 0.0300
@@ -265,6 +268,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.276 : 0.373
     ),
     ("grad_query", True, 64): (
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 3), pixels=2**15),  # 4x64-2x64-k7 0.0204 : 0.0204; 64-64-k7 0.0098 : 0.0160
         Row(3, 5, WalkPlan((4, 16), 1, 6, 3, 3)),  # 512-64-k3 0.081 : 0.096, 2048-64-k5 1.33 : 1.49
         # 8x128-8x64-k7 0.400 : 0.408, k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 64-64-k7 0.0106 : 0.0160,
         # 128-64-k11 0.0175 : 0.0230; 512-64-k17 0.129 : 0.181
@@ -282,6 +286,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.408 : 0.785
     ),
     ("grad_key_value", True, 64): (
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 2), pixels=2**15),  # 4x64-2x64-k7 0.0267 : 0.0308
         Row(3, 5, WalkPlan((4, 16), 1, 5, 3, 3)),  # 512-64-k3 0.114 : 0.124, 2048-64-k5 1.82 : 1.93
         # 8x128-8x64-k7 0.520 : 0.621, k9 0.568 : 0.700, k11 0.621 : 0.853, k13 0.671 : 0.855; 64-64-k7 0.0141 : 0.0201,
         # 128-64-k11 0.0221 : 0.0350; 512-64-k17 0.210 : 0.271
@@ -313,9 +318,9 @@ def serves(task: str, form: Form, depth: int, arch: int) -> bool:
     return form.product == "half" and (task, form.planes) in takes and depth in _DEPTHS[form.planes] and arch == _ARCH
 
 
-def choose(task: str, planes: bool, depth: int, kernel: tuple[int, int]) -> WalkPlan | None:
-    """The plan of a task that can be taken; None where blocks are not to walk."""
-    rows = _TABLE.get((task, planes, depth), ())
+def choose(task: str, planes: bool, depth: int, pixels: int, kernel: tuple[int, int]) -> WalkPlan | None:
+    """The plan of a task that can be taken; None where blocks are not to walk. pixels: of all images and heads."""
+    rows = (row for row in _TABLE.get((task, planes, depth), ()) if pixels <= row.pixels)
     return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
 
 

@@ -1,8 +1,9 @@
-// What a block that walks holds, and the warps that copy it: a ring of bands, of two maps of the halo, and tiles of maps
-// whose pixels are kept, which come STAGED maps at once.
+// What a block that walks holds, and the warps that copy it: a ring of bands, of two maps of the halo, and tiles of the
+// maps whose pixels are kept, which come STAGED maps at once.
 
 constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(BAND_PIXELS * NUMBERS * 4, 1024) * 1024;
-constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = STAGED * TILE_ROOM, STAGES = KEPT_MAPS / STAGED;
+constexpr int STAGES = KEPT_MAPS / STAGED;
+constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = STAGED * TILE_ROOM;
 constexpr int MOVED_ROOM = PRODUCT_MAPS * MOVED_BYTES;  // of a group
 constexpr int TILES = SLOTS * BAND_ROOM, MOVED = TILES + KEPT_SLOTS * KEPT_ROOM, BARRIERS = MOVED + GROUPS * MOVED_ROOM;
 constexpr int ROOM = BARRIERS + (SLOTS + TURNS * STAGES) * Barriers::BYTES;
@@ -27,7 +28,9 @@ struct Block {
   // Bytes to what is held.
   INLINE u32 band(const Use& use) const { return use.slot * BAND_ROOM; }
   INLINE u32 numbers(const Use& use) const { return band(use) + 2 * BAND_BYTES; }
-  INLINE u32 tile(int number, int map) const { return TILES + number % KEPT_SLOTS * KEPT_ROOM + map % STAGED * TILE_ROOM; }
+  INLINE u32 tile(int number, int map) const {
+    return TILES + number % KEPT_SLOTS * KEPT_ROOM + map % STAGED * TILE_ROOM;
+  }
 
   // Of a tile's stage that has a map, its use.
   INLINE Use stage(int number, int map) const {
@@ -142,9 +145,30 @@ struct Block {
   }
 };
 
-// What the threads of a block do: those of the last group copy, others multiply. a, b: maps whose bands pass; kept: those
-// whose tiles are kept. early: whether they are there before earlier launches end. aid: what the copying group's other
-// warps do.
+// The bands that a tile sees, for the group that has it: one after the other, by number.
+struct SeenBands {
+  const Barriers& bands;
+  Use now, before;
+  int number = 0, released;  // of those that the group's next tile does not see again
+
+  // first, next: that the tile and the next one see first
+  INLINE SeenBands(const Block& block, int first, int next)
+      : bands(block.bands), now(first, SLOTS), before(now), released(next - first) {}
+
+  INLINE bool left() const { return number < TILE_BANDS; }
+  INLINE int y() const { return number * BAND_H; }  // of its first row, from the first that the tile sees
+  INLINE void wait() const { bands.wait(now); }
+  INLINE void step() { before = now, now.next(SLOTS), number++; }
+
+  // Of the band before, once products with it have ended.
+  INLINE void release_last() const {
+    if (number > 0 && number - 1 < released) bands.release(before);
+  }
+};
+
+// What the threads of a block do: those of the last group copy, others multiply. a, b: maps whose bands pass. kept: those
+// whose tiles are kept. early: whether they are there before earlier launches end. aid: what other warps of the copying
+// group do.
 template <typename Aid, typename Walk, typename... Maps>
 INLINE void divide(const Block& block, bool early, Aid aid, Walk walk, const TensorMap& a, const TensorMap& b,
                    const Maps&... kept) {

@@ -27,7 +27,7 @@ struct Softmax {
 #pragma unroll
     for (int row = 0; row < BAND_H; row++) {
       const RowSeen seen(y + row, l);
-      u32 words[ROW_BLOCKS][2] = {};
+      RowWords words;
       float of_row[2] = {0.0f, 0.0f};
       if (seen.any()) {
 #pragma unroll
@@ -39,23 +39,13 @@ struct Softmax {
             const float low = exp2_of(fmaf(of[0], factor, less.of(kept, block, 0)));
             const float high = exp2_of(fmaf(of[1], factor, less.of(kept, block, 1)));
             of_row[kept] += low + high;
-            words[block][kept] = pack_halves<BF16>(low, high);
+            words.of[block][kept] = pack_halves<BF16>(low, high);
           }
-        if (!seen.both()) {
+        words.keep(seen);
 #pragma unroll
-          for (int kept = 0; kept < 2; kept++) {
-            of_row[kept] = seen.by[kept] ? of_row[kept] : 0.0f;
-#pragma unroll
-            for (int block = 0; block < ROW_BLOCKS; block++) words[block][kept] = seen.by[kept] ? words[block][kept] : 0;
-          }
-        }
+        for (int kept = 0; kept < 2; kept++) sums[kept] += seen.both() || seen.by[kept] ? of_row[kept] : 0.0f;
       }
-#pragma unroll
-      for (int kept = 0; kept < 2; kept++) {
-        sums[kept] += of_row[kept];
-#pragma unroll
-        for (int block = 0; block < ROW_BLOCKS; block++) p.word(row * ROW_BLOCKS + block, kept) = words[block][kept];
-      }
+      words.put(p, row);
     }
   }
 
@@ -105,36 +95,33 @@ struct Softmax {
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
   const Place at = block.at.of(l);
-  const Barriers& bands = block.bands;
   const float factor = a.flip ? -a.factor : a.factor;
   block.for_each_tile([&](int tile, int first, int next) {
     block.begin_moving();
     const Kept query = block.take(tile, 0);
     block.end_moving();
-    Use band(first, SLOTS), before = band;
+    SeenBands bands(block, first, next);
     Softmax softmax(l);
     float s[SCORES], o[SUMS];
     Weights p;
 #pragma unroll 1
-    for (int number = 0; number < TILE_BANDS; number++) {
-      bands.wait(band);
+    for (; bands.left(); bands.step()) {
+      bands.wait();
       begin_products();
-      make_scores(s, query, block.first(band));
+      make_scores(s, query, block.first(bands.now));
       end_products();
       wait_for_products<0>();
       written(s), written(o);
-      if (number > 0 && first + number - 1 < next) bands.release(before);
-      softmax.add(p, s, number * BAND_H, factor, o, number == 0, l);
+      bands.release_last();
+      softmax.add(p, s, bands.y(), factor, o, bands.number == 0, l);
       written(o);
       begin_products();
-      add_weighted(o, p, block.second(band), number > 0);
+      add_weighted(o, p, block.second(bands.now), bands.number > 0);
       end_products();
-      before = band;
-      band.next(SLOTS);
     }
     wait_for_products<0>();
     written(o);
-    if (first + TILE_BANDS - 1 < next) bands.release(before);
+    bands.release_last();
     const int y = at.y + tile * TILE_H;
     float shares[2];
 #pragma unroll

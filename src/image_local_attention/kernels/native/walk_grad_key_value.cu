@@ -14,7 +14,7 @@ struct Arguments {
 // Of a band: two warps write numbers, and one thread has maps copied.
 constexpr int NUMBER_WARPS = 2, FILLERS = NUMBER_WARPS * 32 + 1, NUMBERS_BYTES = BAND_PIXELS * 4;
 
-// By one of these warps: what each queries of a band's has, the log-sum-exp in powers of two and, of all queries behind it,
+// By one of these warps: what queries of half of each band have, the log-sum-exp in powers of two and, of all behind it,
 // delta. Those outside of the map have no weight.
 INLINE void fill_numbers(const Block& block, const Arguments& a, int warp) {
   constexpr int AT_ONCE = NUMBER_WARPS * 32, TIMES = ceil_div(BAND_PIXELS, AT_ONCE);
@@ -47,8 +47,8 @@ INLINE void fill_numbers(const Block& block, const Arguments& a, int warp) {
 constexpr int UNIT = PLANES ? 1 : 2, UNIT_BLOCKS = UNIT * SEEN_W / 8;
 static_assert(BAND_H % UNIT == 0 && UNIT * SEEN_W % 8 == 0, "blocks fill rows");
 
-// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of a unit. Where a row ends
-// amid a block, members 0 and 1 have its end, others the next row's begin.
+// Which of a lane's pairs of pixels side by side are seen, as bits of two halves: of the blocks of a unit. Where a row
+// ends amid a block, members 0 and 1 have its end, others the next row's begin.
 struct Seen {
   u32 columns[TILE_W / 8][UNIT_BLOCKS];
   bool at_end;
@@ -91,8 +91,8 @@ struct SeenRows {
   }
 };
 
-// Calls `change(number, of)` for a lane's numbers of a band in units that the warp's pixels see any of. of: float of the
-// number's column. numbers: address of the band's. y: the band's first row, from the first that the tile sees.
+// Calls `change(number, of)` for a lane's numbers of a band in units that the warp's pixels see any of. of: the float of
+// the number's column. numbers: address of the band's. y: the band's first row, from the first that the tile sees.
 template <typename Change>
 INLINE void for_each_seen(u32 numbers, int y, const Lane& l, Change change) {
 #pragma unroll
@@ -139,37 +139,36 @@ INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Seen& 
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
   const Place at = block.at.of(l);
-  const Barriers& bands = block.bands;
   const float factor = __uint_as_float(held(__float_as_uint(a.flip ? -a.factor : a.factor)));
   const Seen seen(l);
   block.for_each_tile([&](int tile, int first, int next) {
-    Use band(first, SLOTS), before = band;
+    SeenBands bands(block, first, next);
     float s[SCORES], d[SCORES], grad_key[SUMS], grad_value[SUMS];
     Weights p, ds;
     block.begin_moving();
     const Kept keys = block.take(tile, 0), values = block.take(tile, 1);
     block.end_moving();
 #pragma unroll 1
-    for (int number = 0; number < TILE_BANDS; number++) {
-      const int y = number * BAND_H;
-      const u32 lse = block.start + block.numbers(band);
-      bands.wait(band);
+    for (; bands.left(); bands.step()) {
+      const int y = bands.y();
+      const u32 lse = block.start + block.numbers(bands.now);
+      bands.wait();
       begin_products();
-      make_scores(s, keys, block.first(band));
+      make_scores(s, keys, block.first(bands.now));
       end_products();
-      make_scores(d, values, block.second(band));
+      make_scores(d, values, block.second(bands.now));
       end_products();
       wait_for_products<1>();
       written(s), written(grad_key);
-      if (number > 0 && first + number - 1 < next) bands.release(before);
+      bands.release_last();
       make_weights(s, lse, y, factor, l);
       wait_for_products<0>();
       written(d);
-      if (!Kept::MOVED && number == TILE_BANDS - 1) block.leave(tile, KEPT_MAPS - 1);
+      if (!Kept::MOVED && bands.number == TILE_BANDS - 1) block.leave(tile, KEPT_MAPS - 1);
       pack_seen(p, s, y, seen, l);
       written(grad_value);
       begin_products();
-      add_weighted(grad_value, p, block.second(band), number > 0);
+      add_weighted(grad_value, p, block.second(bands.now), bands.number > 0);
       end_products();
       make_grads(d, s, lse + NUMBERS_BYTES, y, l);
       wait_for_products<0>();
@@ -177,14 +176,12 @@ INLINE void walk(const Block& block, const Arguments& a) {
       pack_seen(ds, d, y, seen, l);
       written(grad_key);
       begin_products();
-      add_weighted(grad_key, ds, block.first(band), number > 0);
+      add_weighted(grad_key, ds, block.first(bands.now), bands.number > 0);
       end_products();
-      before = band;
-      band.next(SLOTS);
     }
     wait_for_products<0>();
     written(grad_key);
-    if (first + TILE_BANDS - 1 < next) bands.release(before);
+    bands.release_last();
     keys.store_sums(a.grad_key, grad_key, a.scale, a.scale, at, at.y + tile * TILE_H, l);
     values.store_sums(a.grad_value, grad_value, 1.0f, 1.0f, at, at.y + tile * TILE_H, l);
   });

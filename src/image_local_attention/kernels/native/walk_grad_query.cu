@@ -59,7 +59,6 @@ INLINE void make_grads(float (&d)[SCORES], const float (&p)[SCORES], const float
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
   const Place at = block.at.of(l);
-  const Barriers& bands = block.bands;
   const float factor = a.flip ? -a.factor : a.factor;
   block.for_each_tile([&](int tile, int first, int next) {
     const int y = at.y + tile * TILE_H;
@@ -72,35 +71,33 @@ INLINE void walk(const Block& block, const Arguments& a) {
     block.leave(tile, 2);
     const Numbers of(products, a, at, y, l);
     const Less less(of.lse[0], of.lse[1], l);
-    Use band(first, SLOTS), before = band;
+    SeenBands bands(block, first, next);
     float s[SCORES], d[SCORES], sums[SUMS];
     Weights ds;
 #pragma unroll 1
-    for (int number = 0; number < TILE_BANDS; number++) {
-      bands.wait(band);
+    for (; bands.left(); bands.step()) {
+      bands.wait();
       begin_products();
-      make_scores(s, query, block.first(band));
+      make_scores(s, query, block.first(bands.now));
       end_products();
-      make_scores(d, grad, block.second(band));
+      make_scores(d, grad, block.second(bands.now));
       end_products();
       wait_for_products<1>();
       written(s), written(sums);
-      if (number > 0 && first + number - 1 < next) bands.release(before);
-      make_weights(s, less, number * BAND_H, factor, l);
+      bands.release_last();
+      make_weights(s, less, bands.y(), factor, l);
       wait_for_products<0>();
       written(d);
-      make_grads(d, s, of.delta, number * BAND_H, l);
-      pack_seen(ds, d, number * BAND_H, l);
+      make_grads(d, s, of.delta, bands.y(), l);
+      pack_seen(ds, d, bands.y(), l);
       written(sums);
       begin_products();
-      add_weighted(sums, ds, block.first(band), number > 0);
+      add_weighted(sums, ds, block.first(bands.now), bands.number > 0);
       end_products();
-      before = band;
-      band.next(SLOTS);
     }
     wait_for_products<0>();
     written(sums);
-    if (first + TILE_BANDS - 1 < next) bands.release(before);
+    bands.release_last();
     query.store_sums(a.grad_query, sums, a.scale, a.scale, at, y, l);
   });
 }

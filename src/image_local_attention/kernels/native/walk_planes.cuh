@@ -1,8 +1,8 @@
 // Maps whose columns lie side by side, where blocks walk: bands of rows, each of DEPTH channels of HALO_W columns.
 //
-// Copies begin on whole vectors of 8 columns. So do halos: of tiles that are 16 wide they have PAD columns that none of them
-// sees, and tiles that are 8 wide begin where halos can. Those of a kept map are then copied with OFFSET columns before
-// them and some behind. A group moves its tile to where products take it from.
+// Copies begin on whole vectors of 8 columns. So do halos: of tiles that are 16 wide they have PAD columns that none of
+// these sees, and tiles that are 8 wide begin where halos can. Those of a kept map are then copied with OFFSET columns
+// before them and some behind. A group moves its tile to where products take it from.
 
 constexpr int OFFSET = BEFORE ? 8 - BEFORE : 0, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
 constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;
@@ -52,8 +52,8 @@ struct Kept {
   }
 
   // By the group, once it has no more use for the tile: writes sums of its pixels, times a factor of each.
-  INLINE void store_sums(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high, const Place& at,
-                         int y, const Lane& l) const {
+  INLINE void store_sums(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high,
+                         const Place& at, int y, const Lane& l) const {
     if (IN_VECTORS)
       store_vectors(map, sums, low, high, at, y, l);
     else
@@ -77,7 +77,8 @@ struct Kept {
           const float factor = kept ? high : low;
           words[i][kept] = pack_halves<BF16>(of[0] * factor, of[1] * factor);
         }
-      store_matrices<true>(turned(row, 8 * block + later, matrix & 1), words[0][0], words[0][1], words[1][0], words[1][1]);
+      const u32 to = turned(row, 8 * block + later, matrix & 1);
+      store_matrices<true>(to, words[0][0], words[0][1], words[1][0], words[1][1]);
     }
     __syncwarp();
     const int x = at.x + l.lane % 2 * 8;
@@ -107,7 +108,8 @@ struct Kept {
       Number* to = map.data + at.image * map.image + (at.head * DEPTH + 2 * l.member) * map.channel + row * map.row + x;
 #pragma unroll
       for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
-        const u32 word = pack_halves<BF16>(sums[4 * block + 2 * kept] * factor, sums[4 * block + 2 * kept + 1] * factor);
+        const float* of = sums + 4 * block + 2 * kept;
+        const u32 word = pack_halves<BF16>(of[0] * factor, of[1] * factor);
         to[0] = word, to[map.channel] = word >> 16;
       }
     }
@@ -136,7 +138,8 @@ struct Kept {
 
 // scores = kept pixels' products with those of a band
 INLINE void make_scores(float (&scores)[SCORES], const Kept& kept, u32 band) {
-  constexpr int PRODUCTS = ABREAST == 1 ? 1 : BAND_H, COUNT = SCORES / PRODUCTS;  // rows go on where they are seen whole
+  constexpr int PRODUCTS = ABREAST == 1 ? 1 : BAND_H;  // where rows are seen whole, one goes on with the next
+  constexpr int COUNT = SCORES / PRODUCTS;
   const PlaneBlocks a(kept.tile);
   const PlaneRows b(band);
 #pragma unroll

@@ -1,6 +1,7 @@
 // Maps whose channels lie side by side, 64 of a head, where blocks walk: a pixel is 128 bytes, which a copy swizzles.
 
-constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES, KEPT_BYTES = 64 * PIXEL_BYTES;  // of a pixel; of a map's tile
+constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES;
+constexpr int KEPT_BYTES = 64 * PIXEL_BYTES;  // of a map's tile
 static_assert(DEPTH == 64 && ABREAST == 1, "a pixel is a row of a pattern, and tiles see all of a band");
 
 using PixelRows = SharedRows<PIXEL_BYTES>;
@@ -38,8 +39,8 @@ struct Kept {
   INLINE Kept(u32, u32 from, const Lane&) : tile(from) {}
 
   // Writes a tile's sums, times a factor of their pixel.
-  INLINE void store_sums(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high, const Place& at,
-                           int y, const Lane& l) const {
+  INLINE void store_sums(const StridedMap<Number>& map, const float (&sums)[SUMS], float low, float high,
+                         const Place& at, int y, const Lane& l) const {
 #pragma unroll
     for (int kept = 0; kept < 2; kept++) {
       const int row = y + l.y(kept), x = at.x + l.x(kept);

@@ -62,13 +62,32 @@ struct Less {
   }
 };
 
-// Numbers of a band as products take them; of what is not seen they are 0. y: the band's first row, from the first that the
-// tile sees.
+// Of a row of the halo, a lane's pairs of numbers as products take them; of what is not seen they are 0.
+struct RowWords {
+  u32 of[ROW_BLOCKS][2] = {};  // of kept pixels
+
+  INLINE void keep(const RowSeen& seen) {
+    if (seen.both()) return;
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++) of[block][kept] = seen.by[kept] ? of[block][kept] : 0;
+  }
+
+  INLINE void put(Weights& to, int row) const {
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++)
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++) to.word(row * ROW_BLOCKS + block, kept) = of[block][kept];
+  }
+};
+
+// Numbers of a band. y: its first row, from the first that the tile sees.
 INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& l) {
 #pragma unroll
   for (int row = 0; row < BAND_H; row++) {
     const RowSeen seen(y + row, l);
-    u32 words[ROW_BLOCKS][2] = {};
+    RowWords words;
     if (seen.any()) {
 #pragma unroll
       for (int block = 0; block < ROW_BLOCKS; block++)
@@ -76,18 +95,10 @@ INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& 
         for (int kept = 0; kept < 2; kept++) {
           if (never(block, kept)) continue;
           const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
-          words[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
+          words.of[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
         }
-      if (!seen.both()) {
-#pragma unroll
-        for (int kept = 0; kept < 2; kept++)
-#pragma unroll
-          for (int block = 0; block < ROW_BLOCKS; block++) words[block][kept] = seen.by[kept] ? words[block][kept] : 0;
-      }
+      words.keep(seen);
     }
-#pragma unroll
-    for (int kept = 0; kept < 2; kept++)
-#pragma unroll
-      for (int block = 0; block < ROW_BLOCKS; block++) to.word(row * ROW_BLOCKS + block, kept) = words[block][kept];
+    words.put(to, row);
   }
 }

@@ -24,6 +24,7 @@ _PATTERN = 1024
 _VECTOR = 8  # columns, of which copies of planes begin on multiples
 _WIDTHS = 32, 64  # columns of bands of planes, whose rows are those of a pattern; of others the first at most
 _STEP = 16  # columns that products take at once
+_APART = 64  # bytes, for what is moved at once to lie in different banks
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ class Walk(NamedTuple):
         rows, columns = self.halo
         band = 2 * rows * columns * self.depth * 2 + _whole_patterns(rows * columns * self.numbers * 4)
         kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
-        moved = self.product_maps * _TILE * self.depth * 2  # to where products take tiles from
+        apart = 7 * _APART if self.plan.tile[1] > _VECTOR else 0  # of the 8 pixels that come one after the other
+        moved = self.product_maps * (_TILE * self.depth * 2 + apart)  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
         return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * self.kept_maps // self.staged * _BARRIERS
 

@@ -7,12 +7,14 @@
 constexpr int OFFSET = BEFORE ? 8 - BEFORE : 0, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
 constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;
 constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tiles, as they are copied
-constexpr int MOVED_BYTES = 64 * DEPTH * 2;              // as products take it
+// As products take a tile, 8 of its pixels come after the others. Where those side by side are moved at once, the next
+// lie in other banks.
+constexpr int NEXT_BLOCK = DEPTH * 16 + (TILE_W == 16 ? 64 : 0), MOVED_BYTES = 7 * NEXT_BLOCK + DEPTH * 16;
 constexpr int KEPT_SLOTS = 1;                            // groups soon move a tile away
 static_assert(HALO_W == 32 || HALO_W == 64, "a row of a channel is a row of a pattern");
 
 using PlaneRows = SharedRows<PATTERN, ROW_BYTES>;
-using PlaneBlocks = SharedBlocks<DEPTH * 16>;
+using PlaneBlocks = SharedBlocks<NEXT_BLOCK>;
 
 constexpr bool IN_VECTORS = TILE_W == 16;  // whether rows of a tile are whole vectors of the map
 
@@ -32,22 +34,22 @@ struct Kept {
 
   // By the group: moves what was copied to `from`.
   INLINE Kept(u32 tile, u32 from, const Lane& l) : tile(tile) {
-    constexpr int ACROSS = TILE_W / 8, ROWS = GROUP_THREADS / DEPTH;  // vectors of a row of the tile; at once
-    const int channel = l.thread % DEPTH;
+    constexpr int ACROSS = TILE_W / 8;  // vectors of a row of the tile
 #pragma unroll
-    for (int number = l.thread / DEPTH; number < 8; number += ROWS) {
-      const int row = number / ACROSS, first = number % ACROSS;
+    for (int i = 0; i < 8 * DEPTH; i += GROUP_THREADS) {
+      const int first = l.thread % ACROSS, number = (i + l.thread) / ACROSS;
+      const int channel = number % DEPTH, row = number / DEPTH;
       const u32 vectors = from + ((row * DEPTH + channel) * KEPT_W + l.left + 8 * first) * 2;
       u32 words[8];
       load(reinterpret_cast<u32(&)[4]>(words[0]), vectors);
       if (OFFSET) load(reinterpret_cast<u32(&)[4]>(words[4]), vectors + 16);
       u32 moved[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int word = OFFSET / 2 + i;
-        moved[i] = OFFSET % 2 ? __funnelshift_r(words[word], words[word + 1], 16) : words[word];
+      for (int j = 0; j < 4; j++) {
+        const int word = OFFSET / 2 + j;
+        moved[j] = OFFSET % 2 ? __funnelshift_r(words[word], words[word + 1], 16) : words[word];
       }
-      store(tile + (number * DEPTH + channel) * 16, moved);
+      store(tile + (row * ACROSS + first) * NEXT_BLOCK + channel * 16, moved);
     }
   }
 
@@ -121,7 +123,7 @@ struct Kept {
 #pragma unroll
     for (int kept = 0; kept < 2; kept++) {
       const int number = (l.y(kept) * TILE_W + l.x(kept)) / 8;
-      const Number* mine = reinterpret_cast<const Number*>(shared + tile) + number * DEPTH * 8 + l.column;
+      const Number* mine = reinterpret_cast<const Number*>(shared + tile) + number * NEXT_BLOCK / 2 + l.column;
       const Number* other = reinterpret_cast<const Number*>(shared + from) + l.left + l.x(kept) + OFFSET;
       other += l.y(kept) * DEPTH * KEPT_W;
       float sum = 0.0f;

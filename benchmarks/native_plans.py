@@ -40,7 +40,7 @@ LARGE = (4, 24), (8, 24), (8, 32), (4, 48), (4, 64), (16, 16)
 BANDS = (0, 1), (2, 3), (4, 2), (4, 3)  # rows and slots
 MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 SIDE_BY_SIDE = (2, 1), (3, 1), (4, 1), (6, 1), (2, 2), (4, 2), (6, 2), (3, 3), (6, 3)  # groups, and tiles side by side
-WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), SIDE_BY_SIDE))  # tiles, rows of bands
+WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), SIDE_BY_SIDE))  # tiles, rows of bands and these
 WALK_SLOTS = 14  # at most
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
@@ -78,7 +78,7 @@ class Problem:
 
     def candidates(self) -> Iterator[Plan | walk.WalkPlan]:
         """Plans that fit into shared memory: of blocks that walk, and of those that would share a multiprocessor."""
-        if walk.serves(self.task, self.form, self.case.depth, gpus.of(DEVICE).arch):
+        if walk.serves(self.task, self.form, self.case.depth, self.case.width, gpus.of(DEVICE).arch):
             yield from self._walks()
         case, single = self.case, self.form.element == 4
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows

@@ -18,7 +18,7 @@ from image_local_attention.kernels.native.walk import WalkPlan
 from test_native import heads_for, kinds, noting
 from test_native_gpu import WALKS
 
-SIZE, SIZE_TO_WALK = (11, 24), (59, 24)
+SIZE, SIZE_TO_WALK = (11, 24), (59, 104)
 
 
 def launch(task: str, form: plan.Form, row: table.Row) -> None:

@@ -104,10 +104,9 @@ def test_blocks_that_walk_over_planes_are_within_their_budgets(walked, late):
     """On maps of several tiles each way and of one; tiles that are alone in turns of three groups too."""
     _, depth, kernel, plan = walked
     alone = replace(plan, groups=3) if plan.abreast == 1 and depth == 64 else plan
-    for held, size in (plan, (19, 16 * plan.abreast)), (alone, (6, 8)):
-        each = problem(
-            1, depth, size, kernel, causal=(False, late), scale=-0.1 if late else None, layouts=("contiguous",) * 4
-        )
+    for held, size, count in (plan, (19, 16 * plan.abreast), 1), (alone, (6, 8), 2):
+        options = {"causal": (False, late), "scale": -0.1 if late else None, "batch": count}
+        each = problem(count, depth, size, kernel, layouts=("contiguous",) * 4, **options)
         with walking(True, held), emulated(late) as ran:
             check(ATTENTION, each, TRITON, torch.float16 if size[0] > 6 else torch.bfloat16)
         assert set(ran) == FUSED

@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from image_local_attention.kernels.native import launch, plan, table, walk
 from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
-from test_native import EVERY_ROW, heads_for, noting, row_name
+from test_native import heads_for, noting, row_name
 
 FP32 = torch.float32
 HALVES = torch.bfloat16, torch.float16
@@ -33,6 +33,7 @@ WALKED += [(True, 64, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (
 WALKED += [(True, 64, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
 WALKED += [
     (True, 16, (5, 21), WalkPlan((4, 16), 2, 6, 4, 2)),
+    (True, 16, (5, 4), WalkPlan((4, 16), 2, 5, 4, 2, one_by_one=True)),
     (True, 32, (9, 6), WalkPlan((4, 16), 1, 8, 6, 3)),
     (True, 32, (3, 9), WalkPlan((8, 8), 2, 5, 3, 3, one_by_one=True)),
     (True, 64, (5, 7), WalkPlan((4, 16), 1, 5, 3, 3)),
@@ -59,13 +60,30 @@ def served(monkeypatch):
     return tasks
 
 
+BANDS = [job for job in table.rows() if job[2].plan.band]
+WALKS = [
+    (task, plan.Form("half", planes), table.Row(depth, row.kernel, row.plan))
+    for (task, planes, depth), rows in walk.table()
+    for row in rows
+]
+
+
+def walk_name(job) -> str:
+    task, form, row = job
+    held = f"{row.plan.tile[0]}x{row.plan.tile[1]}x{row.plan.abreast}x{row.plan.slots}"
+    return f"walk-{task}-{'planes' if form.planes else 'rows'}-{row.depth}-k{row.kernel}-{held}"
+
+
+PLAN_NAMES = [*map(row_name, table.rows()), *map(walk_name, WALKS)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@EVERY_ROW
+@pytest.mark.parametrize(("task", "form", "row"), table.rows() + WALKS, ids=PLAN_NAMES)
 @pytest.mark.usefixtures("poison")
 def test_every_plan_is_within_its_budget(task, form, row, served):
     """On a map of several tiles each way and a remainder, and on two images and two groups of heads."""
-    heads, kernel = heads_for(task, form, row), row.kernel
+    heads, kernel = 1 if isinstance(row.plan, WalkPlan) else heads_for(task, form, row), row.kernel
     size, layouts = ((11, 24), ("contiguous",) * 4) if form.planes else ((11, 19), ("channels_last",) * 4)
     dtypes = (torch.bfloat16, torch.float16) if form.product == "half" else (FP32,)
     judge = check_tf32 if form.product == "tf32" else check
@@ -131,14 +149,14 @@ OPERATORS = pytest.mark.parametrize(
 
 
 @st.composite
-def served_problems(draw, dtype, depths=tuple(WIDEST), ways=(False, True)):
-    """ways: whether maps are planes."""
+def served_problems(draw, dtype, depths=tuple(WIDEST), ways=(False, True), widest=None):
+    """ways: whether maps are planes. widest: vectors of a row of these, at most."""
     depth = draw(st.sampled_from(sorted(depths)))
-    sides = st.integers(1, 21 if dtype == FP32 else WIDEST[depth])
+    sides = st.integers(1, 21 if dtype == FP32 else WIDEST.get(depth, 21))
     kernel = draw(st.one_of(sides.map(lambda k: (k, k)), st.tuples(sides, sides)))
-    planes, vectors = draw(st.sampled_from(ways)), st.integers(1, 6 if dtype == FP32 else 3)
+    planes, vectors = draw(st.sampled_from(ways)), st.integers(1, widest or (6 if dtype == FP32 else 3))
     return problem(
-        draw(st.integers(1, 64 // depth)),
+        draw(st.integers(1, max(1, 64 // depth))),
         depth,
         (draw(st.integers(1, 17)), 16 // dtype.itemsize * draw(vectors) if planes else draw(st.integers(1, 17))),
         kernel,
@@ -190,19 +208,6 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
     for x, wanted in zip(*results, strict=True):
         assert x.isfinite().all()
         assert torch.equal(x, wanted)
-
-
-BANDS = [job for job in table.rows() if job[2].plan.band]
-WALKS = [
-    (task, plan.Form("half", planes), table.Row(depth, row.kernel, row.plan))
-    for (task, planes, depth), rows in walk.table()
-    for row in rows
-]
-
-
-def walk_name(job) -> str:
-    task, form, row = job
-    return f"walk-{task}-{'planes' if form.planes else 'rows'}-{row.depth}-k{row.kernel}"
 
 
 @contextmanager
@@ -373,7 +378,9 @@ def test_blocks_that_walk_are_within_their_budgets(walked, served, monkeypatch):
 @pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
 @pytest.mark.usefixtures("poison")
 def test_random_problems_of_blocks_that_walk(planes, dtype, served):
-    problems = served_problems(dtype, depths=(64,), ways=(planes,))
-    with walking(planes, WalkPlan((8, 8), 2, 8) if planes else WalkPlan()):
-        for_each(problems, 20, f"walk {planes} {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
+    """Over planes with plans that the table has for small maps and for maps of any size."""
+    depths, widest = ((16, 32, 64, 128), 14) if planes else ((64,), None)
+    problems = served_problems(dtype, depths=depths, ways=(planes,), widest=widest)
+    with nullcontext() if planes else walking(planes, WalkPlan()):
+        for_each(problems, 40, f"walk {planes} {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
     assert "grad_key_value" in served

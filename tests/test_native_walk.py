@@ -1,6 +1,7 @@
 """Native kernels whose blocks walk: what they are compiled to, and how maps are cut for them."""
 
 import importlib
+import itertools
 import struct
 from dataclasses import replace
 
@@ -102,6 +103,8 @@ def test_tiles_side_by_side_fit_whose_halo_is_no_wider_than_a_copy_of_64_columns
         assert compiled_for((9, widest), plan, "forward", planes=True).fits
         assert not compiled_for((9, widest + 1), plan, "forward", planes=True).fits
         assert not compiled_for((9, widest), replace(plan, groups=abreast + 1), "forward", planes=True).fits
+    assert not compiled_for((3, 3), WalkPlan((4, 16), 2, 1, 2), "forward", planes=True).fits  # one band is held too
+    assert not compiled_for((3, 3), WalkPlan((4, 16), 2, 8, 8), "forward", planes=True).fits  # too many threads
     for other in {"abreast": 2}, {"one_by_one": True}:
         assert not compiled_for((9, 9), replace(WalkPlan(), **other)).fits
 
@@ -178,11 +181,25 @@ def test_blocks_walk_over_windows_of_planes():
         for row in rows:
             assert isinstance(walking((row.least, row.kernel), **asks), Walk)
             assert isinstance(walking((row.kernel, row.least), **asks), Walk)
-        assert walking((rows[-1].least, rows[-1].kernel), **asks).plan == rows[-1].plan
+        for i, row in enumerate(rows):
+            before = [each.kernel + 1 for each in rows[:i] if each.pixels >= row.pixels]
+            side = max([row.least, *before])
+            assert walk.choose(task, True, depth, min(row.pixels, 2**40), (side, row.kernel)) == row.plan
         assert not isinstance(walking((rows[0].least - 1, 21), **asks), Walk)
         assert not isinstance(walking((21, 22), **asks), Walk)
     assert walking((17, 17), task="forward", causal=(True, False), **planes).lead == (16, 8)
     assert walking((17, 17), task="forward", depth=48, **planes) is None
+
+
+def test_whatever_window_is_asked_for_the_chosen_plan_fits():
+    """Centred and causal, even and thin."""
+    sides = range(1, 22)
+    for task, planes, depth in dict(walk.table()):
+        for kernel, pixels in itertools.product(itertools.product(sides, sides), (2**10, 2**18, 2**24)):
+            plan = walk.choose(task, planes, depth, pixels, kernel)
+            for leads in itertools.product(*((k // 2, k - 1) for k in kernel)):
+                each = plan and Walk(task, plan, planes, torch.bfloat16, depth, kernel, leads, 132)
+                assert each is None or (each.fits and each.shared <= SHARED)
 
 
 @pytest.mark.usefixtures("anywhere")

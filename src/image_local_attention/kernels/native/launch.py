@@ -118,7 +118,7 @@ def _native(
     form, pixels = Form(gpu.product(dtype, precision), way == "planes"), batch * heads * h * w
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     limit = _shared_limit(device)
-    if walk.serves(task, form, depth, gpu.arch) and batch <= MOST_PROGRAMS:
+    if walk.serves(task, form, depth, w, gpu.arch) and batch <= MOST_PROGRAMS:
         plan = forced or walk.choose(task, form.planes, depth, pixels, kernel)
         if isinstance(plan, walk.WalkPlan):
             walks = walk.Walk(task, plan, form.planes, dtype, depth, kernel, lead, _multiprocessors(device))

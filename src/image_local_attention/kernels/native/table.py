@@ -344,7 +344,7 @@ _UNFUSED_64 = {
     ("aggregate_transpose", "half", True): (
         Row(64, 5, Plan((4, 32), 4, 4, 1, band=2, slots=2, units=2)),  # 0.017
         Row(64, 9, Plan((4, 32), 4, 4, 1, band=2, slots=2, units=2)),  # 0.022
-        Row(64, 21, Plan((4, 32), 8, 1, 1, band=1, slots=6)),  # 0.057
+        Row(64, 21, Plan((4, 32), 8, 2, 1, band=2, slots=2)),  # 0.048
     ),
     ("aggregate_transpose", "single", False): (
         Row(64, 5, Plan((8, 8), 4, 4, 1)),  # 0.022

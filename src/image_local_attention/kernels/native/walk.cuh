@@ -16,6 +16,7 @@ constexpr int SCORES = BAND_H * SEEN_W / 2, SUMS = DEPTH / 2;         // of a la
 constexpr int GROUP_THREADS = 128, TURNS = GROUPS / ABREAST;
 
 static_assert(TILE_H * TILE_W == 64 && TILE_H % BAND_H == 0, "tiles begin with a band");
+static_assert(SLOTS > 1 && GROUPS > 1 && GROUPS < 8, "a band is held while the next comes; threads of a block");
 static_assert(GROUPS % ABREAST == 0 && TILE_W * (ABREAST - 1) + SEEN_W <= HALO_W, "products see no other row");
 static_assert(TILE_BANDS <= SLOTS + TILE_STEP * TURNS,
               "a tile's last band comes while those are held that the next sees again");
@@ -39,7 +40,7 @@ struct Lane {
   INLINE int y(int kept) const { return TILE_W == 8 ? 2 * warp + kept : warp; }
   INLINE int x(int kept) const { return TILE_W == 8 ? column : column + 8 * kept; }
 
-  // Of the halo, the first column that it sees.
+  // Of what the tile sees of the halo, the first column that it sees itself.
   INLINE int first(int kept) const { return x(kept) + PAD; }
 };
 

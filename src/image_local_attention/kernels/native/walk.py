@@ -1,7 +1,6 @@
 """Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they serve and hold."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,22 +17,24 @@ from .products import products
 _ARCH = 90  # no other GPU has these products
 _DEPTHS = {True: (16, 32, 64, 128), False: (64,)}  # channels of a head, by whether columns lie side by side
 _GROUP_THREADS = 128
+_MOST_GROUPS = 8  # of a block, that which copies among them
 _TILE = 64  # pixels
 _BARRIERS = 16  # bytes of a place
 _PATTERN = 1024
 _VECTOR = 8  # columns, of which copies of planes begin on multiples
-_WIDTHS = 32, 64  # columns of bands of planes, whose rows are those of a pattern; of others the first at most
+# Columns of bands of planes, whose rows are those of a pattern. Others and single tiles have the first at most.
+_WIDTHS = 32, 64
 _STEP = 16  # columns that products take at once
 _APART = 64  # bytes, for what is moved at once to lie in different banks
 
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """Blocks of `groups` of four warps that take turns at tiles, and one that copies.
+    """Blocks of `groups` of four warps, each of which has a tile, and of one more, which copies.
 
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
-    are held at once. Over planes alone: abreast: tiles side by side, each of a group. one_by_one: whether kept maps are
-    copied and moved one after the other, which takes less room.
+    are held at once. abreast: groups whose tiles lie side by side; such rows of tiles are taken in turns. one_by_one:
+    whether kept maps are copied and moved one after the other, which takes less room. Both are of planes alone.
     """
 
     tile: tuple[int, int] = (8, 8)
@@ -45,6 +46,7 @@ class WalkPlan:
 
     @property
     def turns(self) -> int:
+        """Rows of tiles that a block has at once, one below the other."""
         return self.groups // self.abreast
 
     @property
@@ -89,7 +91,7 @@ class Walk(NamedTuple):
 
     @property
     def before(self) -> int:
-        """Columns before the map where the first tile begins, for halos to begin on whole vectors: of tiles 8 wide."""
+        """Columns before the map where the first of tiles 8 wide begins, for halos to begin on whole vectors."""
         return -self.seen_lead[1] % _VECTOR if self.planes and self.plan.tile[1] == _VECTOR else 0
 
     @property
@@ -99,16 +101,17 @@ class Walk(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether a halo is as wide as a copy can be, and a tile's bands come while others are held.
+        """Whether a halo is as wide as a copy can be, bands come while others are held, and groups share a block.
 
-        Where channels lie side by side, two rows of a band are taken together.
+        Products of a tile see nothing but its band. Where channels lie side by side, two rows of a band are taken
+        together.
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
-        held = cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
-        shared = th % plan.band == 0 and plan.groups > 1 and (self.planes or plan.band % 2 == 0)
-        apart = plan.groups % plan.abreast == 0 and tw * (plan.abreast - 1) + self.seen <= self.halo[1]
-        apart &= self.planes or not (plan.abreast > 1 or plan.one_by_one)
-        return held and shared and apart and self.halo[1] <= _WIDTHS[self.planes and plan.abreast > 1]
+        comes = plan.slots > 1 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
+        even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
+        seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= _WIDTHS[0 if plan.abreast == 1 else 1]
+        able = self.planes or (plan.band % 2 == 0 and plan.abreast == 1 and not plan.one_by_one)
+        return comes and even and seen and able
 
     @property
     def name(self) -> str:
@@ -193,7 +196,7 @@ class Walk(NamedTuple):
 
     @property
     def kept_box(self) -> tuple[int, int]:
-        """Rows and columns of what is copied of a kept map: in planes also what lies in a tile's vector before it."""
+        """Rows and columns of what is copied of a kept map: of tiles, with the vectors that they begin and end in."""
         return self.plan.tile[0], self.plan.columns + (_VECTOR if self.before else 0)
 
     @property
@@ -233,12 +236,13 @@ class Row(NamedTuple):
     least: int  # the smaller side of the smallest window
     kernel: int  # the larger side of the widest
     plan: WalkPlan
-    pixels: float = math.inf  # of all images and heads, at most
+    pixels: int = 1 << 60  # of all images and heads, at most
 
 
-# The first row that fits is taken. Figures are milliseconds on an H200, of gradients of key and value with delta, then
-# those of the kernel that `table` has for these windows, by task, whether columns lie side by side and channels per
-# head. 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
+# The first row whose window and pixels match is taken. Figures are milliseconds on an H200, of gradients of key and
+# value with delta, then those of the kernel that `table` has for these windows, by task, whether columns lie side by
+# side and channels per head. 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128
+# and 8 heads.
 _TABLE = {
     ("forward", True, 16): (
         Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
@@ -314,10 +318,11 @@ def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
     yield from _TABLE.items()
 
 
-def serves(task: str, form: Form, depth: int, arch: int) -> bool:
-    """Whether such a kernel can take a task over maps of a form, of so many channels per head."""
-    takes = {of[:2] for of in _TABLE}
-    return form.product == "half" and (task, form.planes) in takes and depth in _DEPTHS[form.planes] and arch == _ARCH
+def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
+    """Whether such a kernel can take a task over maps of a form, of so many channels per head and columns."""
+    takes = (task, form.planes) in {of[:2] for of in _TABLE} and depth in _DEPTHS[form.planes]
+    vectors = not form.planes or width % _VECTOR == 0
+    return takes and vectors and form.product == "half" and arch == _ARCH
 
 
 def choose(task: str, planes: bool, depth: int, pixels: int, kernel: tuple[int, int]) -> WalkPlan | None:

@@ -2,7 +2,10 @@
 // maps whose pixels are kept, which come STAGED maps at once.
 
 constexpr int BAND_ROOM = 2 * BAND_BYTES + ceil_div(BAND_PIXELS * NUMBERS * 4, 1024) * 1024;
-constexpr int STAGES = KEPT_MAPS / STAGED;
+constexpr int STAGES = KEPT_MAPS / STAGED;  // of a tile, which come one after the other
+// Tiles that come before any band, for bands not to delay the first. Where a tile comes in stages, the thread that copies
+// bands would have to wait for readers amid it.
+constexpr int FILLED_FIRST = STAGES == 1 ? 1 : 0;
 constexpr int TILE_ROOM = ceil_div(KEPT_BYTES, 1024) * 1024, KEPT_ROOM = STAGED * TILE_ROOM;
 constexpr int MOVED_ROOM = PRODUCT_MAPS * MOVED_BYTES;  // of a group
 constexpr int TILES = SLOTS * BAND_ROOM, MOVED = TILES + KEPT_SLOTS * KEPT_ROOM, BARRIERS = MOVED + GROUPS * MOVED_ROOM;
@@ -32,7 +35,7 @@ struct Block {
     return TILES + number % KEPT_SLOTS * KEPT_ROOM + map % STAGED * TILE_ROOM;
   }
 
-  // Of a tile's stage that has a map, its use.
+  // The use of the barriers of the stage in which a tile's map comes.
   INLINE Use stage(int number, int map) const {
     Use use(number, TURNS);
     use.slot = use.slot * STAGES + map / STAGED;
@@ -104,7 +107,7 @@ struct Block {
     return kept;
   }
 
-  // For a map to have come; and when a thread has read it.
+  // For a map to have come; and when a thread has read it. The first of a stage is waited for, the last lets go of it.
   INLINE void wait_for(int number, int map) const {
     if (map % STAGED == 0) stages.wait(stage(number, map));
   }
@@ -149,7 +152,7 @@ struct Block {
 struct SeenBands {
   const Barriers& bands;
   Use now, before;
-  int number = 0, released;  // of those that the group's next tile does not see again
+  int number = 0, released;  // so many of them the group's next tile does not see again
 
   // first, next: that the tile and the next one see first
   INLINE SeenBands(const Block& block, int first, int next)
@@ -167,7 +170,7 @@ struct SeenBands {
 };
 
 // What the threads of a block do: those of the last group copy, others multiply. a, b: maps whose bands pass. kept: those
-// whose tiles are kept. early: whether they are there before earlier launches end. aid: what other warps of the copying
+// whose tiles are kept. early: whether all these are there before earlier launches end. aid: what other warps of the copying
 // group do.
 template <typename Aid, typename Walk, typename... Maps>
 INLINE void divide(const Block& block, bool early, Aid aid, Walk walk, const TensorMap& a, const TensorMap& b,
@@ -178,10 +181,10 @@ INLINE void divide(const Block& block, bool early, Aid aid, Walk walk, const Ten
     if (l.warp > 1) aid();
     if (!early) wait_for_launches();
     if (l.thread == 0) {
-      if (STAGED == KEPT_MAPS) block.fill_tiles(0, 1, kept...);  // before the bands that it waits for
+      block.fill_tiles(0, FILLED_FIRST, kept...);
       block.fill_bands(a, b);
     }
-    if (l.thread == 32) block.fill_tiles(STAGED == KEPT_MAPS, block.at.tiles, kept...);
+    if (l.thread == 32) block.fill_tiles(FILLED_FIRST, block.at.tiles, kept...);
     __syncwarp();
     wait_for_launches();
     next_may_begin();

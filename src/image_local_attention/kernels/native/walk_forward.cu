@@ -140,5 +140,6 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   const Block block(a.heads, a.height, a.width, raw);
   block.init(1);
-  divide(block, false, [] {}, [&] { walk(block, a); }, a.key, a.value, a.query);
+  const bool early = false;
+  divide(block, early, [] {}, [&] { walk(block, a); }, a.key, a.value, a.query);
 }

@@ -14,8 +14,8 @@ struct Arguments {
 // Of a band: two warps write numbers, and one thread has maps copied.
 constexpr int NUMBER_WARPS = 2, FILLERS = NUMBER_WARPS * 32 + 1, NUMBERS_BYTES = BAND_PIXELS * 4;
 
-// By one of these warps: what queries of half of each band have, the log-sum-exp in powers of two and, of all behind it,
-// delta. Those outside of the map have no weight.
+// By one of these warps: what every other 32 queries of each band have, the log-sum-exp in powers of two and, of all
+// behind it, delta. Those outside of the map have no weight.
 INLINE void fill_numbers(const Block& block, const Arguments& a, int warp) {
   constexpr int AT_ONCE = NUMBER_WARPS * 32, TIMES = ceil_div(BAND_PIXELS, AT_ONCE);
   const Place& at = block.at;

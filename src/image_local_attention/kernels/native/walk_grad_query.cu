@@ -56,6 +56,27 @@ INLINE void make_grads(float (&d)[SCORES], const float (&p)[SCORES], const float
   }
 }
 
+// A band's numbers as products take them. y: its first row, from the first that the tile sees.
+INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& l) {
+#pragma unroll
+  for (int row = 0; row < BAND_H; row++) {
+    const RowSeen seen(y + row, l);
+    RowWords words;
+    if (seen.any()) {
+#pragma unroll
+      for (int block = 0; block < ROW_BLOCKS; block++)
+#pragma unroll
+        for (int kept = 0; kept < 2; kept++) {
+          if (never(block, kept)) continue;
+          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
+          words.of[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
+        }
+      words.keep(seen);
+    }
+    words.put(to, row);
+  }
+}
+
 INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
   const Place at = block.at.of(l);
@@ -107,5 +128,6 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * GROUP_THREADS, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   const Block block(a.heads, a.height, a.width, raw);
   block.init(1);
-  divide(block, false, [] {}, [&] { walk(block, a); }, a.key, a.value, a.query, a.grad_out, a.out);
+  const bool early = false;
+  divide(block, early, [] {}, [&] { walk(block, a); }, a.key, a.value, a.query, a.grad_out, a.out);
 }

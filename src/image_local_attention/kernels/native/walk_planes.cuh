@@ -1,22 +1,23 @@
 // Maps whose columns lie side by side, where blocks walk: bands of rows, each of DEPTH channels of HALO_W columns.
 //
 // Copies begin on whole vectors of 8 columns. So do halos: of tiles that are 16 wide they have PAD columns that none of
-// these sees, and tiles that are 8 wide begin where halos can. Those of a kept map are then copied with OFFSET columns
+// these sees, and tiles that are 8 wide begin where halos can. Such tiles of a kept map are copied with OFFSET columns
 // before them and some behind. A group moves its tile to where products take it from.
 
 constexpr int OFFSET = BEFORE ? 8 - BEFORE : 0, KEPT_W = ABREAST * TILE_W + (OFFSET ? 8 : 0);
 constexpr int COLUMN_BYTES = 2, PATTERN = COLUMN_BYTES * HALO_W, ROW_BYTES = DEPTH * PATTERN;
 constexpr int KEPT_BYTES = TILE_H * DEPTH * KEPT_W * 2;  // of a map's tiles, as they are copied
-// As products take a tile, 8 of its pixels come after the others. Where those side by side are moved at once, the next
-// lie in other banks.
+// Products take a tile as blocks of 8 pixels side by side, a vector of each channel, NEXT_BLOCK bytes apart. Of tiles that
+// are 16 wide two blocks are moved at once: 64 bytes more put them into different banks.
 constexpr int NEXT_BLOCK = DEPTH * 16 + (TILE_W == 16 ? 64 : 0), MOVED_BYTES = 7 * NEXT_BLOCK + DEPTH * 16;
-constexpr int KEPT_SLOTS = 1;                            // groups soon move a tile away
+constexpr int KEPT_SLOTS = 1;  // groups soon move a tile away
 static_assert(HALO_W == 32 || HALO_W == 64, "a row of a channel is a row of a pattern");
 
 using PlaneRows = SharedRows<PATTERN, ROW_BYTES>;
 using PlaneBlocks = SharedBlocks<NEXT_BLOCK>;
 
-constexpr bool IN_VECTORS = TILE_W == 16;  // whether rows of a tile are whole vectors of the map
+// Whether rows of a tile are whole vectors of the map, whose width is one of these: `walk.py` sees to that.
+constexpr bool IN_VECTORS = TILE_W == 16;
 
 INLINE void copy_halo(u32 to, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
   copy_box_in(to, map, barrier, x, at.head * DEPTH, y, at.image);

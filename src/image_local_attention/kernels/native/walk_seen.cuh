@@ -81,24 +81,3 @@ struct RowWords {
       for (int block = 0; block < ROW_BLOCKS; block++) to.word(row * ROW_BLOCKS + block, kept) = of[block][kept];
   }
 };
-
-// Numbers of a band. y: its first row, from the first that the tile sees.
-INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& l) {
-#pragma unroll
-  for (int row = 0; row < BAND_H; row++) {
-    const RowSeen seen(y + row, l);
-    RowWords words;
-    if (seen.any()) {
-#pragma unroll
-      for (int block = 0; block < ROW_BLOCKS; block++)
-#pragma unroll
-        for (int kept = 0; kept < 2; kept++) {
-          if (never(block, kept)) continue;
-          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
-          words.of[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
-        }
-      words.keep(seen);
-    }
-    words.put(to, row);
-  }
-}

@@ -56,8 +56,9 @@ def test_kernels_compile_and_do_not_wait_for_each_product(task, planes, depth, p
         f'\nstatic_assert(__builtin_offsetof(Arguments, {last}) + 4 == MAPS + {numbers}, "");'
     )
     cubin, log = built(compiled, compiled.source + agreement)
-    assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= 64
-    assert (WAITING in log) == ((task, depth, plan.groups) in FULL)
+    full = (task, depth, plan.groups) in FULL
+    assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= (96 if full else 64)
+    assert (WAITING in log) == full
     assert compiled.shared <= SHARED
     assert compiled.fits
 

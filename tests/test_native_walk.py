@@ -31,8 +31,8 @@ def built(compiled: Walk, source: str | None = None) -> tuple[bytes, str]:
 
 
 def jobs() -> list:
-    """Every row of the table at the least and the widest window, and windows of every width of halos."""
-    rows = [(*key, row.plan, side) for key, of in walk.table() for row in of for side in (row.least, row.kernel)]
+    """Every row of the table at its widest window, and windows of every width of halos."""
+    rows = [(*key, row.plan, row.kernel) for key, of in walk.table() for row in of]
     rows += [("grad_key_value", False, 64, WalkPlan(), side) for side in range(1, 22, 4)]
     rows += [(task, True, 64, WalkPlan((8, 8), 2, 8, 2), side) for task, side in zip(FUSED, (3, 8, 12), strict=True)]
     return [(*job, (torch.bfloat16, torch.float16)[i % 2]) for i, job in enumerate(dict.fromkeys(rows))]

@@ -65,6 +65,11 @@ struct Place {
     return other;
   }
 
+  // Where a map has column 0 of row y, of the head's channel.
+  INLINE Number* row(const StridedMap<Number>& map, int channel, int y) const {
+    return map.data + image * map.image + (head * DEPTH + channel) * map.channel + y * map.row;
+  }
+
   // Where the pixel (y, x) lies in floats [B, heads, H, W].
   INLINE long long pixel(int y, int x) const {
     return (((long long)image * heads + head) * height + y) * width + x;

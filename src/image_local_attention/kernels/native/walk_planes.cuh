@@ -86,7 +86,7 @@ struct Kept {
     __syncwarp();
     const int x = at.x + l.lane % 2 * 8;
     if (!at.has(y + l.warp, x)) return;
-    Number* to = map.data + at.image * map.image + at.head * DEPTH * map.channel + (y + l.warp) * map.row + x;
+    Number* to = at.row(map, 0, y + l.warp) + x;
 #pragma unroll
     for (int channel = l.lane / 2; channel < DEPTH; channel += 16) {
       u32 words[4];
@@ -108,7 +108,7 @@ struct Kept {
       const int row = y + l.y(kept), x = at.x + l.x(kept);
       const float factor = kept ? high : low;
       if (!at.has(row, x)) continue;
-      Number* to = map.data + at.image * map.image + (at.head * DEPTH + 2 * l.member) * map.channel + row * map.row + x;
+      Number* to = at.row(map, 2 * l.member, row) + x;
 #pragma unroll
       for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
         const float* of = sums + 4 * block + 2 * kept;

@@ -45,7 +45,7 @@ struct Kept {
     for (int kept = 0; kept < 2; kept++) {
       const int row = y + l.y(kept), x = at.x + l.x(kept);
       const float factor = kept ? high : low;
-      Number* to = map.data + at.image * map.image + at.head * 64 * map.channel + row * map.row + x * map.column;
+      Number* to = at.row(map, 0, row) + x * map.column;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         u32 words[4];

@@ -119,7 +119,7 @@ def _native(
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     limit = _shared_limit(device)
     if walk.serves(task, form, depth, w, gpu.arch) and batch <= MOST_PROGRAMS:
-        plan = forced or walk.choose(task, form.planes, depth, pixels, kernel)
+        plan = forced or walk.choose(task, form.planes, depth, pixels, h * w, kernel)
         if isinstance(plan, walk.WalkPlan):
             walks = walk.Walk(task, plan, form.planes, dtype, depth, kernel, lead, _multiprocessors(device))
             if walks.fits and walks.shared <= limit:

@@ -237,18 +237,24 @@ class Row(NamedTuple):
     kernel: int  # the larger side of the widest
     plan: WalkPlan
     pixels: int = 1 << 60  # of all images and heads, at most
+    plane: int = 0  # pixels of one image, at least
 
 
-# The first row whose window and pixels match is taken. Figures are milliseconds on an H200, of gradients of key and
-# value with delta, then those of the kernel that `table` has for these windows, by task, whether columns lie side by
-# side and channels per head. 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128
-# and 8 heads.
+# Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
+# long again then, so that plans with fewer of them are faster: tiles side by side share theirs.
+_LARGE = 3 << 19
+
+# The first row whose window and sizes match is taken. Figures are milliseconds on an H200, of gradients of key and
+# value with delta, by task, whether columns lie side by side and channels per head; then those of the kernel that
+# `table` has for these windows or, behind "of", of the row that would be taken else. 512-64-k7 is one map of 512x512
+# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
 _TABLE = {
     ("forward", True, 16): (
         Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
         Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
     ),
     ("forward", True, 32): (
+        Row(9, 9, WalkPlan((4, 16), 4, 4, 3, 3), plane=_LARGE),  # 2048-32-k9 0.692, of 0.877
         Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
         Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
     ),
@@ -257,27 +263,35 @@ _TABLE = {
         Row(3, 11, WalkPlan((4, 16), 2, 3, 4, 2), pixels=2**15),
         Row(3, 5, WalkPlan((4, 16), 2, 5, 4, 2), pixels=2**19),  # 512-64-k3 0.059 : 0.073, k5 0.057 : 0.085
         Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),  # 2048-64-k5 0.873 : 1.229
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 3, 3), plane=_LARGE),  # 2048-64-k7 0.906, of 1.06, k9 1.04, of 1.07
         # 8x128-8x64-k7 0.230 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461
         Row(3, 11, WalkPlan((4, 16), 2, 5, 4, 2)),
+        Row(5, 13, WalkPlan((4, 16), 2, 5, 4, 2), plane=_LARGE),  # 2048-64-k13 1.36, of 1.76
         Row(5, 17, WalkPlan((4, 16), 4, 4, 3)),  # 8x128-8x64-k13 0.312 : 0.461; 512-64-k17 0.095 : 0.159
+        Row(15, 21, WalkPlan((8, 8), 2, 9, 4), plane=_LARGE),  # 2048-64-k21 3.69, of 4.23
         Row(15, 21, WalkPlan((8, 8), 4, 5, 3)),  # 512-64-k21 0.165 : 0.216; 128-64-k21 0.0241 : 0.0300
     ),
     ("forward", True, 128): (
         Row(3, 7, WalkPlan((4, 16), 1, 4, 4, 2)),  # 8x128-8x128-k5 0.435 : 0.679, k7 0.546 : 0.747
+        Row(5, 9, WalkPlan((4, 16), 1, 4, 4, 2), plane=_LARGE),  # 2048-128-k9 2.66, of 3.51
         # 8x128-8x128-k9 0.611 : 0.817, k13 0.614 : 0.978; 256-4x128-k17 0.189 : 0.291
         Row(5, 17, WalkPlan((4, 16), 2, 5, 3)),
         Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
     ),
     ("grad_query", True, 32): (
         Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
+        Row(9, 13, WalkPlan((4, 16), 1, 12, 6, 2), plane=_LARGE),  # 2048-32-k13 1.18, of 1.38
         Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
         Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.276 : 0.373
     ),
     ("grad_query", True, 64): (
         Row(3, 9, WalkPlan((4, 16), 2, 5, 3), pixels=2**15),  # 4x64-2x64-k7 0.0204 : 0.0204; 64-64-k7 0.0098 : 0.0160
         Row(3, 5, WalkPlan((4, 16), 1, 6, 3, 3)),  # 512-64-k3 0.081 : 0.096, 2048-64-k5 1.33 : 1.49
-        # 8x128-8x64-k7 0.400 : 0.408, k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 64-64-k7 0.0106 : 0.0160,
-        # 128-64-k11 0.0175 : 0.0230; 512-64-k17 0.129 : 0.181
+        Row(3, 7, WalkPlan((4, 16), 1, 6, 3, 3), plane=2**20),  # 1024-64-k7 0.358, of 0.365; 2048-64-k7 1.42, of 1.61
+        Row(3, 7, WalkPlan((4, 16), 1, 6, 4, 2)),  # 8x128-8x64-k7 0.341, of 0.388
+        Row(5, 11, WalkPlan((4, 16), 1, 6, 4, 2), plane=_LARGE),  # 2048-64-k9 1.72, of 2.63, k11 1.90, of 2.62
+        # 8x128-8x64-k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 128-64-k11 0.0175 : 0.0230;
+        # 512-64-k17 0.129 : 0.181
         Row(5, 17, WalkPlan((4, 16), 2, 7, 3)),
         Row(15, 21, WalkPlan((8, 8), 2, 8, 3)),  # 512-64-k21 0.196 : 0.273; 128-64-k21 0.0284 : 0.0313
     ),
@@ -288,15 +302,19 @@ _TABLE = {
     ),
     ("grad_key_value", True, 32): (
         Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
+        Row(7, 9, WalkPlan((4, 16), 2, 8, 3, 3), plane=_LARGE),  # 2048-32-k9 1.40, of 1.54
         Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433
         Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.408 : 0.785
     ),
     ("grad_key_value", True, 64): (
         Row(3, 9, WalkPlan((4, 16), 2, 5, 2), pixels=2**15),  # 4x64-2x64-k7 0.0267 : 0.0308
         Row(3, 5, WalkPlan((4, 16), 1, 5, 3, 3)),  # 512-64-k3 0.114 : 0.124, 2048-64-k5 1.82 : 1.93
+        Row(3, 7, WalkPlan((4, 16), 1, 7, 3, 3), plane=_LARGE),  # 2048-64-k7 2.02, of 2.96
+        Row(5, 9, WalkPlan((4, 16), 2, 4, 2, 2), plane=_LARGE),  # 2048-64-k9 2.47, of 2.96
         # 8x128-8x64-k7 0.520 : 0.621, k9 0.568 : 0.700, k11 0.621 : 0.853, k13 0.671 : 0.855; 64-64-k7 0.0141 : 0.0201,
         # 128-64-k11 0.0221 : 0.0350; 512-64-k17 0.210 : 0.271
         Row(5, 17, WalkPlan((4, 16), 2, 8, 2)),
+        Row(17, 21, WalkPlan((8, 8), 1, 12, 3), plane=2**20),  # 1024-64-k21 1.43, of 1.73, 2048-64-k21 6.54, of 8.60
         # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
         Row(17, 21, WalkPlan((8, 8), 2, 9, 2)),
     ),
@@ -325,9 +343,12 @@ def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
     return takes and vectors and form.product == "half" and arch == _ARCH
 
 
-def choose(task: str, planes: bool, depth: int, pixels: int, kernel: tuple[int, int]) -> WalkPlan | None:
-    """The plan of a task that can be taken; None where blocks are not to walk. pixels: of all images and heads."""
-    rows = (row for row in _TABLE.get((task, planes, depth), ()) if pixels <= row.pixels)
+def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel: tuple[int, int]) -> WalkPlan | None:
+    """The plan of a task that can be taken; None where blocks are not to walk.
+
+    pixels: of all images and heads. plane: pixels of one image.
+    """
+    rows = (row for row in _TABLE.get((task, planes, depth), ()) if pixels <= row.pixels and plane >= row.plane)
     return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
 
 

@@ -28,7 +28,7 @@ from image_local_attention.bench.rows import environment
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import gpu as gpus
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import launch, nvrtc, walk
+from image_local_attention.kernels.native import launch, nvrtc, walk, walk_table
 from image_local_attention.kernels.native.plan import UNFUSED, Form, Plan, shape, shared, suits
 
 DEVICE = torch.device("cuda")
@@ -78,7 +78,7 @@ class Problem:
 
     def candidates(self) -> Iterator[Plan | walk.WalkPlan]:
         """Plans that fit into shared memory: of blocks that walk, and of those that would share a multiprocessor."""
-        if walk.serves(self.task, self.form, self.case.depth, self.case.width, gpus.of(DEVICE).arch):
+        if walk_table.serves(self.task, self.form, self.case.depth, self.case.width, gpus.of(DEVICE).arch):
             yield from self._walks()
         case, single = self.case, self.form.element == 4
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows

@@ -15,7 +15,7 @@ from conftest import CUDA, Target
 from image_local_attention import local_aggregate, local_attention, local_similarity
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import launch, plan, table, walk
+from image_local_attention.kernels.native import launch, plan, table, walk_table
 from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
@@ -28,7 +28,13 @@ WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by
 
 # By blocks that walk: whether columns lie side by side, channels per head, windows of every width of halos and place of
 # tiles, and plans.
-WALKED = [(False, 64, kernel, WalkPlan()) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
+WALKED = [(False, 64, kernel, WalkPlan(slots=5)) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
+WALKED += [
+    (False, 64, (6, 19), WalkPlan((8, 8), 2, 7, 3)),
+    (False, 128, (17, 5), WalkPlan((8, 8), 2, 3, 3)),
+    (False, 128, (3, 7), WalkPlan((8, 8), 4, 3, 2)),
+    (False, 128, (9, 2), WalkPlan((8, 8), 8, 2, 2)),
+]
 WALKED += [(True, 64, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (3, 8), (6, 25))]
 WALKED += [(True, 64, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
 WALKED += [
@@ -63,7 +69,7 @@ def served(monkeypatch):
 BANDS = [job for job in table.rows() if job[2].plan.band]
 WALKS = [
     (task, plan.Form("half", planes), table.Row(depth, row.kernel, row.plan))
-    for (task, planes, depth), rows in walk.table()
+    for (task, planes, depth), rows in walk_table.table()
     for row in rows
 ]
 
@@ -211,10 +217,10 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
 
 
 @contextmanager
-def walking(planes: bool, held: WalkPlan) -> Iterator[None]:
+def walking(held: WalkPlan) -> Iterator[None]:
     """Within, blocks walk wherever they can, under this plan."""
     with ExitStack() as stack:
-        for task in FUSED if planes else ("grad_key_value",):
+        for task in FUSED:
             stack.enter_context(native.using(task, held))
         yield
 
@@ -365,7 +371,7 @@ def test_blocks_that_walk_are_within_their_budgets(walked, served, monkeypatch):
     for multiprocessors, size, heads, dtype in (132, (11, 24), 2, torch.float16), (2, (27, 56), 1, torch.bfloat16):
         monkeypatch.setattr(launch, "_multiprocessors", lambda device, count=multiprocessors: count)
         launch._native.cache_clear()
-        with walking(planes, held):
+        with walking(held):
             check(ATTENTION, problem(heads, depth, size, kernel, batch=heads, layouts=layouts), TRITON, dtype)
     launch._native.cache_clear()
     assert set(served) >= FUSED
@@ -379,8 +385,8 @@ def test_blocks_that_walk_are_within_their_budgets(walked, served, monkeypatch):
 @pytest.mark.usefixtures("poison")
 def test_random_problems_of_blocks_that_walk(planes, dtype, served):
     """Over planes with plans that the table has for small maps and for maps of any size."""
-    depths, widest = ((16, 32, 64, 128), 14) if planes else ((64,), None)
+    depths, widest = ((16, 32, 64, 128), 14) if planes else ((64, 128), None)
     problems = served_problems(dtype, depths=depths, ways=(planes,), widest=widest)
-    with nullcontext() if planes else walking(planes, WalkPlan()):
+    with nullcontext() if planes else walking(WalkPlan(slots=3)):
         for_each(problems, 40, f"walk {planes} {dtype}", lambda each: check(ATTENTION, each, TRITON, dtype))
     assert "grad_key_value" in served

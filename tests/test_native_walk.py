@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_local_attention.kernels import gpu, native
-from image_local_attention.kernels.native import launch, nvrtc, walk
+from image_local_attention.kernels.native import launch, nvrtc, walk, walk_table
 from image_local_attention.kernels.native.compiled import ARGUMENTS
 from image_local_attention.kernels.native.walk import Walk, WalkPlan
 from test_native import NVRTC, SHARED, anywhere, asked, needs_nvrtc  # noqa: F401
@@ -32,7 +32,7 @@ def built(compiled: Walk, source: str | None = None) -> tuple[bytes, str]:
 
 def jobs() -> list:
     """Every row of the table at its widest window, and windows of every width of halos."""
-    rows = [(*key, row.plan, row.kernel) for key, of in walk.table() for row in of]
+    rows = [(*key, row.plan, row.kernel) for key, of in walk_table.table() for row in of]
     rows += [("grad_key_value", False, 64, WalkPlan(), side) for side in range(1, 22, 4)]
     rows += [(task, True, 64, WalkPlan((8, 8), 2, 8, 2), side) for task, side in zip(FUSED, (3, 8, 12), strict=True)]
     return [(*job, (torch.bfloat16, torch.float16)[i % 2]) for i, job in enumerate(dict.fromkeys(rows))]
@@ -172,36 +172,42 @@ def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(monkeypatch):
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_blocks_walk_over_windows_of_planes():
+def test_blocks_walk_over_the_windows_of_the_table():
     """Of a row's sizes, of one and the other side."""
-    planes = {"layout": "contiguous", "size": (9, 16)}
     most = 2**40  # pixels
-    for (task, side_by_side, depth), rows in walk.table():
-        if not side_by_side:
-            continue
-        asks = {"task": task, "depth": depth, **planes}
-        small = [row for row in rows if row.plane == 0]
+    for (task, planes, depth), rows in walk_table.table():
+        asks = {"task": task, "depth": depth, "size": (9, 16), "layout": "contiguous" if planes else "last"}
+        small = [row for row in rows if row.above == row.plane == 0]
         for row in small:
             assert isinstance(walking((row.least, row.kernel), **asks), Walk)
             assert isinstance(walking((row.kernel, row.least), **asks), Walk)
         for i, row in enumerate(rows):
-            # windows that no row before takes of such maps
-            before = [each.kernel + 1 for each in rows[:i] if each.pixels >= row.pixels and each.plane <= row.plane]
-            sizes = min(row.pixels, most), row.plane
-            assert walk.choose(task, True, depth, *sizes, (max([row.least, *before]), row.kernel)) == row.plan
-        assert not isinstance(walking((min(row.least for row in small) - 1, 21), **asks), Walk)
-        assert not isinstance(walking((21, 22), **asks), Walk)
-    assert walking((17, 17), task="forward", causal=(True, False), **planes).lead == (16, 8)
-    assert walking((17, 17), task="forward", depth=48, **planes) is None
+            pixels = min(row.pixels, most)
+            taken = [each for each in rows[:i] if each.above < pixels <= each.pixels and each.plane <= row.plane]
+            side = max([row.least, *(each.kernel + 1 for each in taken)])  # of windows that no row before takes
+            assert walk_table.choose(task, planes, depth, pixels, row.plane, (side, row.kernel)) == row.plan
+        least, widest = min(row.least for row in rows), max(row.kernel for row in rows)
+        assert not isinstance(walking((least - 1, widest), **asks), Walk)
+        assert not isinstance(walking((widest, widest + 1), **asks), Walk)
+    planes = {"task": "forward", "layout": "contiguous", "size": (9, 16), "causal": (True, False)}
+    assert walking((17, 17), **planes).lead == (16, 8)
+    assert walking((17, 17), depth=48, **planes) is None
+
+
+def test_few_blocks_of_many_tiles_do_not_walk_over_wide_windows_of_channels_side_by_side():
+    for task, depth in ("forward", 64), ("grad_query", 64), ("forward", 128):
+        few, more = (walk_table.choose(task, False, depth, count, 2**14, (21, 21)) for count in (2**15, 2**15 + 1))
+        assert few is None
+        assert more
 
 
 def test_whatever_window_is_asked_for_the_chosen_plan_fits():
     """Centred and causal, even and thin."""
     sides = range(1, 22)
-    for task, planes, depth in dict(walk.table()):
+    for task, planes, depth in dict(walk_table.table()):
         maps = (2**10, 2**10), (2**18, 2**18), (2**24, 2**14), (2**20, 2**20), (2**24, 2**22)
         for kernel, (pixels, plane) in itertools.product(itertools.product(sides, sides), maps):
-            plan = walk.choose(task, planes, depth, pixels, plane, kernel)
+            plan = walk_table.choose(task, planes, depth, pixels, plane, kernel)
             for leads in itertools.product(*((k // 2, k - 1) for k in kernel)):
                 each = plan and Walk(task, plan, planes, torch.bfloat16, depth, kernel, leads, 132)
                 assert each is None or (each.fits and each.shared <= SHARED)
@@ -215,5 +221,5 @@ def test_blocks_walk_wherever_they_are_asked_to_and_can():
         assert walking((9, 26)) is None
         assert walking(dtype=torch.float32) is None
         assert walking(depth=32) is None
-    with native.using("forward", WalkPlan()):
+    with native.using("forward", WalkPlan((4, 16))):  # of planes alone
         assert walking(task="forward") is None

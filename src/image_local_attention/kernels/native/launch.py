@@ -14,7 +14,7 @@ from ..geometry import Span
 from ..integers import cdiv
 from ..launch import MOST_PROGRAMS, Problem, strip_tiles
 from ..source import ALIGNMENT, descriptor_strides
-from . import nvrtc, table, walk
+from . import nvrtc, table, walk, walk_table
 from .compiled import ARGUMENTS, Compiled, lead_of
 from .driver import Kernel
 from .plan import UNFUSED, Form, Plan
@@ -118,8 +118,8 @@ def _native(
     form, pixels = Form(gpu.product(dtype, precision), way == "planes"), batch * heads * h * w
     kernel, lead = window.kernel, (spans[0].lead, spans[1].lead)
     limit = _shared_limit(device)
-    if walk.serves(task, form, depth, w, gpu.arch) and batch <= MOST_PROGRAMS:
-        plan = forced or walk.choose(task, form.planes, depth, pixels, h * w, kernel)
+    if walk_table.serves(task, form, depth, w, gpu.arch) and batch <= MOST_PROGRAMS:
+        plan = forced or walk_table.choose(task, form.planes, depth, pixels, h * w, kernel)
         if isinstance(plan, walk.WalkPlan):
             walks = walk.Walk(task, plan, form.planes, dtype, depth, kernel, lead, _multiprocessors(device))
             if walks.fits and walks.shared <= limit:

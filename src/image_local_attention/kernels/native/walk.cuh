@@ -17,6 +17,7 @@ constexpr int GROUP_THREADS = 128, TURNS = GROUPS / ABREAST;
 
 static_assert(TILE_H * TILE_W == 64 && TILE_H % BAND_H == 0, "tiles begin with a band");
 static_assert(SLOTS > 1 && GROUPS > 1 && GROUPS < 8, "a band is held while the next comes; threads of a block");
+static_assert(BLOCKS % 2 == 0, "products take 16 pixels at once");
 static_assert(GROUPS % ABREAST == 0 && TILE_W * (ABREAST - 1) + SEEN_W <= HALO_W, "products see no other row");
 static_assert(TILE_BANDS <= SLOTS + TILE_STEP * TURNS,
               "a tile's last band comes while those are held that the next sees again");

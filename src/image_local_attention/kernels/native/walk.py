@@ -1,7 +1,7 @@
-"""Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they serve and hold."""
+"""Kernels whose blocks walk down a map, of the products of 64 rows that sm_90 has: what they hold, and their launch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,17 +11,15 @@ from torch import Tensor
 from ..integers import cdiv
 from . import driver
 from .compiled import ARGUMENTS, lead_of, options_of, text
-from .plan import Form
 from .products import products
 
-_ARCH = 90  # no other GPU has these products
-_DEPTHS = {True: (16, 32, 64, 128), False: (64,)}  # channels of a head, by whether columns lie side by side
 _GROUP_THREADS = 128
 _MOST_GROUPS = 8  # of a block, that which copies among them
 _TILE = 64  # pixels
 _BARRIERS = 16  # bytes of a place
 _PATTERN = 1024
-_VECTOR = 8  # columns, of which copies of planes begin on multiples
+_PART = 64  # channels that are copied together where they lie side by side
+VECTOR = 8  # columns, of which copies of planes begin on multiples
 # Columns of bands of planes, whose rows are those of a pattern. Others and single tiles have the first at most.
 _WIDTHS = 32, 64
 _STEP = 16  # columns that products take at once
@@ -34,7 +32,8 @@ class WalkPlan:
 
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
     are held at once. abreast: groups whose tiles lie side by side; such rows of tiles are taken in turns. one_by_one:
-    whether kept maps are copied and moved one after the other, which takes less room. Both are of planes alone.
+    whether kept maps are copied and moved one after the other, which takes less room. Only maps whose columns lie side
+    by side have tiles of 4x16, more than one abreast, and theirs one by one.
     """
 
     tile: tuple[int, int] = (8, 8)
@@ -79,8 +78,11 @@ class Walk(NamedTuple):
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
         seen = self.pad + self.plan.columns + self.kernel[1] - 1
-        wide = next((width for width in _WIDTHS if seen <= width), seen)
-        return self.plan.band, wide if self.planes else cdiv(seen, 4) * 4
+        if self.planes:
+            return self.plan.band, next((width for width in _WIDTHS if seen <= width), seen)
+        together = self.task == "grad_key_value" and self.plan.band % 4 == 0  # two rows
+        multiple = VECTOR // 2 if together else VECTOR
+        return self.plan.band, cdiv(seen, multiple) * multiple
 
     @property
     def seen(self) -> int:
@@ -92,26 +94,26 @@ class Walk(NamedTuple):
     @property
     def before(self) -> int:
         """Columns before the map where the first of tiles 8 wide begins, for halos to begin on whole vectors."""
-        return -self.seen_lead[1] % _VECTOR if self.planes and self.plan.tile[1] == _VECTOR else 0
+        return -self.seen_lead[1] % VECTOR if self.planes and self.plan.tile[1] == VECTOR else 0
 
     @property
     def pad(self) -> int:
         """Columns of a halo before those that are seen, for it to begin on whole vectors where tiles do."""
-        return -self.seen_lead[1] % _VECTOR if self.planes and self.plan.tile[1] > _VECTOR else 0
+        return -self.seen_lead[1] % VECTOR if self.planes and self.plan.tile[1] > VECTOR else 0
 
     @property
     def fits(self) -> bool:
         """Whether a halo is as wide as a copy can be, bands come while others are held, and groups share a block.
 
-        Products of a tile see nothing but its band. Where channels lie side by side, two rows of a band are taken
-        together.
+        Products of a tile see nothing but its band, and take 16 pixels at once: where channels lie side by side, of two
+        rows.
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
         comes = plan.slots > 1 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
         even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
         seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= _WIDTHS[0 if plan.abreast == 1 else 1]
-        able = self.planes or (plan.band % 2 == 0 and plan.abreast == 1 and not plan.one_by_one)
-        return comes and even and seen and able
+        rows = plan.band % 2 == 0 and plan.abreast == 1 and tw == VECTOR and not plan.one_by_one
+        return comes and even and seen and (self.planes or rows)
 
     @property
     def name(self) -> str:
@@ -151,7 +153,7 @@ class Walk(NamedTuple):
         """Source of what only a GPU can do."""
         pixels = self.seen * (self.plan.band if self.plan.abreast == 1 else 1)
         number = "bf16" if self.dtype == torch.bfloat16 else "f16"
-        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.depth, self.planes, number)
+        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.channels, self.planes, number)
 
     @property
     def program(self) -> str:
@@ -173,6 +175,11 @@ class Walk(NamedTuple):
     def early(self) -> bool:
         """Little goes through the L1 cache."""
         return True
+
+    @property
+    def channels(self) -> int:
+        """Of a copy, and of the products of weights."""
+        return self.depth if self.planes else _PART
 
     @property
     def kept_maps(self) -> int:
@@ -197,7 +204,7 @@ class Walk(NamedTuple):
     @property
     def kept_box(self) -> tuple[int, int]:
         """Rows and columns of what is copied of a kept map: of tiles, with the vectors that they begin and end in."""
-        return self.plan.tile[0], self.plan.columns + (_VECTOR if self.before else 0)
+        return self.plan.tile[0], self.plan.columns + (VECTOR if self.before else 0)
 
     @property
     def shared(self) -> int:
@@ -205,7 +212,7 @@ class Walk(NamedTuple):
         rows, columns = self.halo
         band = 2 * rows * columns * self.depth * 2 + _whole_patterns(rows * columns * self.numbers * 4)
         kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
-        apart = 7 * _APART if self.plan.tile[1] > _VECTOR else 0  # of the 8 pixels that come one after the other
+        apart = 7 * _APART if self.plan.tile[1] > VECTOR else 0  # of the 8 pixels that come one after the other
         moved = self.product_maps * (_TILE * self.depth * 2 + apart)  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
         return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * self.kept_maps // self.staged * _BARRIERS
@@ -213,7 +220,7 @@ class Walk(NamedTuple):
     @property
     def described(self) -> tuple[Callable[[Tensor], bytes], ...]:
         """How the kernel's arguments describe each map."""
-        pattern = 2 * (self.halo[1] if self.planes else self.depth)
+        pattern = 2 * (self.halo[1] if self.planes else _PART)
         halo = functools.partial(driver.tensor_map, self.axes, self._box(self.halo), pattern)
         tile = functools.partial(driver.tensor_map, self.axes, self._box(self.kept_box), 16 if self.planes else pattern)
         return ARGUMENTS[self.task].of_maps(tile, halo, driver.strided_map)
@@ -224,132 +231,12 @@ class Walk(NamedTuple):
         return "xcy" if self.planes else "cxy"
 
     def _box(self, pixels: tuple[int, int]) -> tuple[int, ...]:
-        takes = {"c": self.depth, "x": pixels[1], "y": pixels[0]}
+        takes = {"c": self.channels, "x": pixels[1], "y": pixels[0]}
         return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
         rows, columns = cdiv(h, self.plan.tile[0]), heads * cdiv(w + self.before, self.plan.columns)
         return columns, parts(rows, columns * batch, self.multiprocessors), batch
-
-
-class Row(NamedTuple):
-    least: int  # the smaller side of the smallest window
-    kernel: int  # the larger side of the widest
-    plan: WalkPlan
-    pixels: int = 1 << 60  # of all images and heads, at most
-    plane: int = 0  # pixels of one image, at least
-
-
-# Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
-# long again then, so that plans with fewer of them are faster: tiles side by side share theirs.
-_LARGE = 3 << 19
-
-# The first row whose window and sizes match is taken. Figures are milliseconds on an H200, of gradients of key and
-# value with delta, by task, whether columns lie side by side and channels per head; then those of the kernel that
-# `table` has for these windows or, behind "of", of the row that would be taken else. 512-64-k7 is one map of 512x512
-# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
-_TABLE = {
-    ("forward", True, 16): (
-        Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
-        Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
-    ),
-    ("forward", True, 32): (
-        Row(9, 9, WalkPlan((4, 16), 4, 4, 3, 3), plane=_LARGE),  # 2048-32-k9 0.692, of 0.877
-        Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
-        Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
-    ),
-    ("forward", True, 64): (
-        # 4x64-2x64-k7 0.0144 : 0.0186, 64-64-k7 0.0098 : 0.0143, 128-64-k5 0.0117 : 0.0167, k11 0.0139 : 0.0204
-        Row(3, 11, WalkPlan((4, 16), 2, 3, 4, 2), pixels=2**15),
-        Row(3, 5, WalkPlan((4, 16), 2, 5, 4, 2), pixels=2**19),  # 512-64-k3 0.059 : 0.073, k5 0.057 : 0.085
-        Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),  # 2048-64-k5 0.873 : 1.229
-        Row(3, 9, WalkPlan((4, 16), 2, 5, 3, 3), plane=_LARGE),  # 2048-64-k7 0.906, of 1.06, k9 1.04, of 1.07
-        # 8x128-8x64-k7 0.230 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461
-        Row(3, 11, WalkPlan((4, 16), 2, 5, 4, 2)),
-        Row(5, 13, WalkPlan((4, 16), 2, 5, 4, 2), plane=_LARGE),  # 2048-64-k13 1.36, of 1.76
-        Row(5, 17, WalkPlan((4, 16), 4, 4, 3)),  # 8x128-8x64-k13 0.312 : 0.461; 512-64-k17 0.095 : 0.159
-        Row(15, 21, WalkPlan((8, 8), 2, 9, 4), plane=_LARGE),  # 2048-64-k21 3.69, of 4.23
-        Row(15, 21, WalkPlan((8, 8), 4, 5, 3)),  # 512-64-k21 0.165 : 0.216; 128-64-k21 0.0241 : 0.0300
-    ),
-    ("forward", True, 128): (
-        Row(3, 7, WalkPlan((4, 16), 1, 4, 4, 2)),  # 8x128-8x128-k5 0.435 : 0.679, k7 0.546 : 0.747
-        Row(5, 9, WalkPlan((4, 16), 1, 4, 4, 2), plane=_LARGE),  # 2048-128-k9 2.66, of 3.51
-        # 8x128-8x128-k9 0.611 : 0.817, k13 0.614 : 0.978; 256-4x128-k17 0.189 : 0.291
-        Row(5, 17, WalkPlan((4, 16), 2, 5, 3)),
-        Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
-    ),
-    ("grad_query", True, 32): (
-        Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
-        Row(9, 13, WalkPlan((4, 16), 1, 12, 6, 2), plane=_LARGE),  # 2048-32-k13 1.18, of 1.38
-        Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
-        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.276 : 0.373
-    ),
-    ("grad_query", True, 64): (
-        Row(3, 9, WalkPlan((4, 16), 2, 5, 3), pixels=2**15),  # 4x64-2x64-k7 0.0204 : 0.0204; 64-64-k7 0.0098 : 0.0160
-        Row(3, 5, WalkPlan((4, 16), 1, 6, 3, 3)),  # 512-64-k3 0.081 : 0.096, 2048-64-k5 1.33 : 1.49
-        Row(3, 7, WalkPlan((4, 16), 1, 6, 3, 3), plane=2**20),  # 1024-64-k7 0.358, of 0.365; 2048-64-k7 1.42, of 1.61
-        Row(3, 7, WalkPlan((4, 16), 1, 6, 4, 2)),  # 8x128-8x64-k7 0.341, of 0.388
-        Row(5, 11, WalkPlan((4, 16), 1, 6, 4, 2), plane=_LARGE),  # 2048-64-k9 1.72, of 2.63, k11 1.90, of 2.62
-        # 8x128-8x64-k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 128-64-k11 0.0175 : 0.0230;
-        # 512-64-k17 0.129 : 0.181
-        Row(5, 17, WalkPlan((4, 16), 2, 7, 3)),
-        Row(15, 21, WalkPlan((8, 8), 2, 8, 3)),  # 512-64-k21 0.196 : 0.273; 128-64-k21 0.0284 : 0.0313
-    ),
-    ("grad_query", True, 128): (
-        Row(3, 7, WalkPlan((4, 16), 1, 7, 2)),  # 8x128-8x128-k5 0.794 : 1.04, k7 0.782 : 1.11
-        Row(5, 14, WalkPlan((4, 16), 1, 5, 3)),  # 8x128-8x128-k9 0.836 : 1.20, k13 0.988 : 1.34
-        Row(15, 21, WalkPlan((8, 8), 1, 6, 3, one_by_one=True)),  # 256-4x128-k21 0.558 : 0.647
-    ),
-    ("grad_key_value", True, 32): (
-        Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
-        Row(7, 9, WalkPlan((4, 16), 2, 8, 3, 3), plane=_LARGE),  # 2048-32-k9 1.40, of 1.54
-        Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433
-        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.408 : 0.785
-    ),
-    ("grad_key_value", True, 64): (
-        Row(3, 9, WalkPlan((4, 16), 2, 5, 2), pixels=2**15),  # 4x64-2x64-k7 0.0267 : 0.0308
-        Row(3, 5, WalkPlan((4, 16), 1, 5, 3, 3)),  # 512-64-k3 0.114 : 0.124, 2048-64-k5 1.82 : 1.93
-        Row(3, 7, WalkPlan((4, 16), 1, 7, 3, 3), plane=_LARGE),  # 2048-64-k7 2.02, of 2.96
-        Row(5, 9, WalkPlan((4, 16), 2, 4, 2, 2), plane=_LARGE),  # 2048-64-k9 2.47, of 2.96
-        # 8x128-8x64-k7 0.520 : 0.621, k9 0.568 : 0.700, k11 0.621 : 0.853, k13 0.671 : 0.855; 64-64-k7 0.0141 : 0.0201,
-        # 128-64-k11 0.0221 : 0.0350; 512-64-k17 0.210 : 0.271
-        Row(5, 17, WalkPlan((4, 16), 2, 8, 2)),
-        Row(17, 21, WalkPlan((8, 8), 1, 12, 3), plane=2**20),  # 1024-64-k21 1.43, of 1.73, 2048-64-k21 6.54, of 8.60
-        # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
-        Row(17, 21, WalkPlan((8, 8), 2, 9, 2)),
-    ),
-    ("grad_key_value", True, 128): (
-        # 8x128-8x128-k5 0.979 : 1.55, k7 0.994 : 1.69, k9 1.08 : 1.87, k13 1.41 : 2.20
-        Row(3, 13, WalkPlan((4, 16), 1, 8, 2, one_by_one=True)),
-    ),
-    ("grad_key_value", False, 64): (
-        # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
-        # k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014;
-        # 128-64-k21 0.0228 : 0.0252
-        Row(11, 21, WalkPlan()),
-    ),
-}
-
-
-def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
-    """Every task, whether columns lie side by side and channels per head, with their rows."""
-    yield from _TABLE.items()
-
-
-def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
-    """Whether such a kernel can take a task over maps of a form, of so many channels per head and columns."""
-    takes = (task, form.planes) in {of[:2] for of in _TABLE} and depth in _DEPTHS[form.planes]
-    vectors = not form.planes or width % _VECTOR == 0
-    return takes and vectors and form.product == "half" and arch == _ARCH
-
-
-def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel: tuple[int, int]) -> WalkPlan | None:
-    """The plan of a task that can be taken; None where blocks are not to walk.
-
-    pixels: of all images and heads. plane: pixels of one image.
-    """
-    rows = (row for row in _TABLE.get((task, planes, depth), ()) if pixels <= row.pixels and plane >= row.plane)
-    return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
 
 
 def _whole_patterns(count: int) -> int:

@@ -115,6 +115,11 @@ struct Block {
     if ((map + 1) % STAGED == 0) stages.release(stage(number, map));
   }
 
+  // By a thread, once products have taken the last scores of a tile that is not moved.
+  INLINE void leave_where_copied(int tile, bool last) const {
+    if (!Kept::MOVED && last) leave(tile, KEPT_MAPS - 1);
+  }
+
   // Before and after a tile's maps are moved: until all have seen the last, and until all of this is there.
   INLINE void begin_moving() const {
     if (Kept::MOVED) sync_group(l.group);
@@ -159,6 +164,7 @@ struct SeenBands {
       : bands(block.bands), now(first, SLOTS), before(now), released(next - first) {}
 
   INLINE bool left() const { return number < TILE_BANDS; }
+  INLINE bool last() const { return number == TILE_BANDS - 1; }
   INLINE int y() const { return number * BAND_H; }  // of its first row, from the first that the tile sees
   INLINE void wait() const { bands.wait(now); }
   INLINE void step() { before = now, now.next(SLOTS), number++; }

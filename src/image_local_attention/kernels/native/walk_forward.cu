@@ -1,8 +1,6 @@
 // O = softmax(scale * <q, k_ij>) v_ij over each query's window, and its log-sum-exp, of blocks that walk: tiles are of
 // queries, bands of keys and values.
 
-static_assert(PLANES, "tiles lie where moving them leaves them");
-
 struct Arguments {
   TensorMap query, key, value;
   StridedMap<Number> out;
@@ -112,6 +110,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
       end_products();
       wait_for_products<0>();
       written(s), written(o);
+      block.leave_where_copied(tile, bands.last());
       bands.release_last();
       softmax.add(p, s, bands.y(), factor, o, bands.number == 0, l);
       written(o);

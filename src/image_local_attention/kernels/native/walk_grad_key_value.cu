@@ -164,7 +164,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
       make_weights(s, lse, y, factor, l);
       wait_for_products<0>();
       written(d);
-      if (!Kept::MOVED && bands.number == TILE_BANDS - 1) block.leave(tile, KEPT_MAPS - 1);
+      block.leave_where_copied(tile, bands.last());
       pack_seen(p, s, y, seen, l);
       written(grad_value);
       begin_products();

@@ -1,8 +1,6 @@
 // dQ = scale * sum dS k over the keys of each query's window, dS = P * (dP - delta), delta = sum(dO * O) - dlse, of blocks
 // that walk: tiles are of queries and of gradients, bands of keys and values.
 
-static_assert(PLANES, "tiles lie where moving them leaves them");
-
 struct Arguments {
   TensorMap query, key, value, grad_out, out;
   StridedMap<Number> grad_query;
@@ -89,7 +87,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
     float products[2];
     block.wait_for(tile, 2);
     grad.products(products, block.raw - block.start, block.start + block.tile(tile, 2), l);
-    block.leave(tile, 2);
+    if (Kept::MOVED) block.leave(tile, 2);
     const Numbers of(products, a, at, y, l);
     const Less less(of.lse[0], of.lse[1], l);
     SeenBands bands(block, first, next);
@@ -109,6 +107,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
       make_weights(s, less, bands.y(), factor, l);
       wait_for_products<0>();
       written(d);
+      block.leave_where_copied(tile, bands.last());
       make_grads(d, s, of.delta, bands.y(), l);
       pack_seen(ds, d, bands.y(), l);
       written(sums);

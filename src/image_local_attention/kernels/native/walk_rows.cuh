@@ -1,20 +1,30 @@
-// Maps whose channels lie side by side, 64 of a head, where blocks walk: a pixel is 128 bytes, which a copy swizzles.
+// Maps whose channels lie side by side, where blocks walk: bands and tiles come in parts of 64 channels, 128 bytes of a
+// pixel, which a copy swizzles.
 
-constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES;
-constexpr int KEPT_BYTES = 64 * PIXEL_BYTES;  // of a map's tile
-static_assert(DEPTH == 64 && ABREAST == 1, "a pixel is a row of a pattern, and tiles see all of a band");
+constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES, PARTS = DEPTH / 64;
+constexpr int TILE_PART = 64 * PIXEL_BYTES, BAND_PART = BAND_PIXELS * PIXEL_BYTES;
+constexpr int KEPT_BYTES = PARTS * TILE_PART;  // of a map's tile
+static_assert(DEPTH % 64 == 0, "a pixel of a part is a row of a pattern");
+static_assert(TILE_W == 8 && ABREAST == 1, "tiles see all of a band");
 
 using PixelRows = SharedRows<PIXEL_BYTES>;
 
 constexpr int MOVED_BYTES = 0;  // products take tiles from where they were copied to
 constexpr int KEPT_SLOTS = GROUPS;
 
+// bytes: of a part
+INLINE void copy_parts(u32 to, int bytes, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++)
+    copy_box_in(to + part * bytes, map, barrier, at.head * DEPTH + 64 * part, x, y, at.image);
+}
+
 INLINE void copy_halo(u32 to, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
-  copy_box_in(to, map, barrier, at.head * DEPTH, x, y, at.image);
+  copy_parts(to, BAND_PART, map, barrier, y, x, at);
 }
 
 INLINE void copy_kept(u32 to, const TensorMap& map, u32 barrier, int y, const Place& at) {
-  copy_halo(to, map, barrier, y, at.x, at);
+  copy_parts(to, TILE_PART, map, barrier, y, at.x, at);
 }
 
 // Word m of four lanes' chunks 0 to 3 becomes words 0 to 3 of chunk m, m the number of the lane.
@@ -47,7 +57,7 @@ struct Kept {
       const float factor = kept ? high : low;
       Number* to = at.row(map, 0, row) + x * map.column;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
+      for (int half = 0; half < DEPTH / 32; half++) {
         u32 words[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -60,14 +70,35 @@ struct Kept {
       }
     }
   }
+
+  // Of each of a lane's pixels, the sum over channels of these times another map's, which was copied to `from`.
+  // shared: where addresses of shared memory count from.
+  INLINE void products(float (&sums)[2], const unsigned char*, u32 from, const Lane& l) const {
+#pragma unroll
+    for (int kept = 0; kept < 2; kept++) {
+      const int pixel = l.y(kept) * TILE_W + l.x(kept);
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < DEPTH / 32; i++) {
+        const u32 vector = i / 2 * TILE_PART + pixel * PIXEL_BYTES + ((4 * (i % 2) + l.member) ^ pixel % 8) * 16;
+        u32 mine[4], other[4];
+        load(mine, tile + vector), load(other, from + vector);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum += product_of_two(mine[j], other[j]);
+      }
+      sums[kept] = sum_of_row(sum);
+    }
+  }
 };
 
 // scores = kept pixels' products with those of a band
 INLINE void make_scores(float (&scores)[SCORES], const Kept& kept, u32 band) {
   const PixelRows a(kept.tile), b(band);
 #pragma unroll
-  for (int step = 0; step < DEPTH / 16; step++)
-    multiply_pixels(scores, a.later(32 * step), b.later(32 * step), step > 0);
+  for (int step = 0; step < DEPTH / 16; step++) {
+    const int part = step / 4, first = step % 4 * 32;
+    multiply_pixels(scores, a.later(part * TILE_PART + first), b.later(part * BAND_PART + first), step > 0);
+  }
 }
 
 // sums += weights' with a band's channels
@@ -75,5 +106,9 @@ INLINE void add_weighted(float (&sums)[SUMS], const Weights& weights, u32 band, 
   const PixelRows b(band);
 #pragma unroll
   for (int i = 0; i < BLOCKS / 2; i++)
-    multiply_channels(sums, weights.of[i], b.later(i * 16 * PIXEL_BYTES), more || i > 0);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+      float(&of_part)[32] = reinterpret_cast<float(&)[32]>(sums[32 * part]);
+      multiply_channels(of_part, weights.of[i], b.later(part * BAND_PART + i * 16 * PIXEL_BYTES), more || i > 0);
+    }
 }

@@ -1,0 +1,169 @@
+"""A short table of measured facts: where blocks walk down the map, and by which plans.
+
+What decides: a plan holds as many bands as windows need and leaves groups the registers for their sums; of those, the
+fastest at the cases that its row names.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .plan import Form
+from .walk import VECTOR, WalkPlan
+
+_ARCH = 90  # no other GPU has these products
+_DEPTHS = {True: (16, 32, 64, 128), False: (64, 128)}  # channels of a head, by whether columns lie side by side
+
+
+class Row(NamedTuple):
+    least: int  # the smaller side of the smallest window
+    kernel: int  # the larger side of the widest
+    plan: WalkPlan
+    pixels: int = 1 << 60  # of all images and heads, at most
+    above: int = 0  # pixels of all images and heads, more than
+    plane: int = 0  # pixels of one image, at least
+
+
+# Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
+# long again then, so that plans with fewer of them are faster: tiles side by side share theirs.
+_LARGE = 3 << 19
+_FEW = 1 << 15  # pixels, of which few blocks have many tiles
+
+# The first row whose window and sizes match is taken. Figures are milliseconds on an H200, of gradients of key and
+# value with delta, by task, whether columns lie side by side and channels per head; then those of the kernel that
+# `table` has for these windows or, behind "of", of the row that would be taken else. 512-64-k7 is one map of 512x512
+# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
+_TABLE = {
+    ("forward", True, 16): (
+        Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
+        Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
+    ),
+    ("forward", True, 32): (
+        Row(9, 9, WalkPlan((4, 16), 4, 4, 3, 3), plane=_LARGE),  # 2048-32-k9 0.692, of 0.877
+        Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
+    ),
+    ("forward", True, 64): (
+        # 4x64-2x64-k7 0.0144 : 0.0186, 64-64-k7 0.0098 : 0.0143, 128-64-k5 0.0117 : 0.0167, k11 0.0139 : 0.0204
+        Row(3, 11, WalkPlan((4, 16), 2, 3, 4, 2), pixels=_FEW),
+        Row(3, 5, WalkPlan((4, 16), 2, 5, 4, 2), pixels=2**19),  # 512-64-k3 0.059 : 0.073, k5 0.057 : 0.085
+        Row(3, 5, WalkPlan((4, 16), 2, 5, 3, 3)),  # 2048-64-k5 0.873 : 1.229
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 3, 3), plane=_LARGE),  # 2048-64-k7 0.906, of 1.06, k9 1.04, of 1.07
+        # 8x128-8x64-k7 0.230 : 0.344, k9 0.255 : 0.378, k11 0.281 : 0.461
+        Row(3, 11, WalkPlan((4, 16), 2, 5, 4, 2)),
+        Row(5, 13, WalkPlan((4, 16), 2, 5, 4, 2), plane=_LARGE),  # 2048-64-k13 1.36, of 1.76
+        Row(5, 17, WalkPlan((4, 16), 4, 4, 3)),  # 8x128-8x64-k13 0.312 : 0.461; 512-64-k17 0.095 : 0.159
+        Row(15, 21, WalkPlan((8, 8), 2, 9, 4), plane=_LARGE),  # 2048-64-k21 3.69, of 4.23
+        Row(15, 21, WalkPlan((8, 8), 4, 5, 3)),  # 512-64-k21 0.165 : 0.216; 128-64-k21 0.0241 : 0.0300
+    ),
+    ("forward", True, 128): (
+        Row(3, 7, WalkPlan((4, 16), 1, 4, 4, 2)),  # 8x128-8x128-k5 0.435 : 0.679, k7 0.546 : 0.747
+        Row(5, 9, WalkPlan((4, 16), 1, 4, 4, 2), plane=_LARGE),  # 2048-128-k9 2.66, of 3.51
+        # 8x128-8x128-k9 0.611 : 0.817, k13 0.614 : 0.978; 256-4x128-k17 0.189 : 0.291
+        Row(5, 17, WalkPlan((4, 16), 2, 5, 3)),
+        Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
+    ),
+    ("grad_query", True, 32): (
+        Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
+        Row(9, 13, WalkPlan((4, 16), 1, 12, 6, 2), plane=_LARGE),  # 2048-32-k13 1.18, of 1.38
+        Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.276 : 0.373
+    ),
+    ("grad_query", True, 64): (
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 3), pixels=_FEW),  # 4x64-2x64-k7 0.0204 : 0.0204; 64-64-k7 0.0098 : 0.0160
+        Row(3, 5, WalkPlan((4, 16), 1, 6, 3, 3)),  # 512-64-k3 0.081 : 0.096, 2048-64-k5 1.33 : 1.49
+        Row(3, 7, WalkPlan((4, 16), 1, 6, 3, 3), plane=2**20),  # 1024-64-k7 0.358, of 0.365; 2048-64-k7 1.42, of 1.61
+        Row(3, 7, WalkPlan((4, 16), 1, 6, 4, 2)),  # 8x128-8x64-k7 0.341, of 0.388
+        Row(5, 11, WalkPlan((4, 16), 1, 6, 4, 2), plane=_LARGE),  # 2048-64-k9 1.72, of 2.63, k11 1.90, of 2.62
+        # 8x128-8x64-k9 0.406 : 0.474, k11 0.453 : 0.566, k13 0.450 : 0.564; 128-64-k11 0.0175 : 0.0230;
+        # 512-64-k17 0.129 : 0.181
+        Row(5, 17, WalkPlan((4, 16), 2, 7, 3)),
+        Row(15, 21, WalkPlan((8, 8), 2, 8, 3)),  # 512-64-k21 0.196 : 0.273; 128-64-k21 0.0284 : 0.0313
+    ),
+    ("grad_query", True, 128): (
+        Row(3, 7, WalkPlan((4, 16), 1, 7, 2)),  # 8x128-8x128-k5 0.794 : 1.04, k7 0.782 : 1.11
+        Row(5, 14, WalkPlan((4, 16), 1, 5, 3)),  # 8x128-8x128-k9 0.836 : 1.20, k13 0.988 : 1.34
+        Row(15, 21, WalkPlan((8, 8), 1, 6, 3, one_by_one=True)),  # 256-4x128-k21 0.558 : 0.647
+    ),
+    ("grad_key_value", True, 32): (
+        Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
+        Row(7, 9, WalkPlan((4, 16), 2, 8, 3, 3), plane=_LARGE),  # 2048-32-k9 1.40, of 1.54
+        Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433
+        Row(15, 21, WalkPlan((8, 8), 2, 12, 3)),  # 512-2x32-k21 0.408 : 0.785
+    ),
+    ("grad_key_value", True, 64): (
+        Row(3, 9, WalkPlan((4, 16), 2, 5, 2), pixels=_FEW),  # 4x64-2x64-k7 0.0267 : 0.0308
+        Row(3, 5, WalkPlan((4, 16), 1, 5, 3, 3)),  # 512-64-k3 0.114 : 0.124, 2048-64-k5 1.82 : 1.93
+        Row(3, 7, WalkPlan((4, 16), 1, 7, 3, 3), plane=_LARGE),  # 2048-64-k7 2.02, of 2.96
+        Row(5, 9, WalkPlan((4, 16), 2, 4, 2, 2), plane=_LARGE),  # 2048-64-k9 2.47, of 2.96
+        # 8x128-8x64-k7 0.520 : 0.621, k9 0.568 : 0.700, k11 0.621 : 0.853, k13 0.671 : 0.855; 64-64-k7 0.0141 : 0.0201,
+        # 128-64-k11 0.0221 : 0.0350; 512-64-k17 0.210 : 0.271
+        Row(5, 17, WalkPlan((4, 16), 2, 8, 2)),
+        Row(17, 21, WalkPlan((8, 8), 1, 12, 3), plane=2**20),  # 1024-64-k21 1.43, of 1.73, 2048-64-k21 6.54, of 8.60
+        # 512-64-k19 0.304 : 0.378, k21 0.312 : 0.399, 8x128-8x64-k21 1.30 : 1.59
+        Row(17, 21, WalkPlan((8, 8), 2, 9, 2)),
+    ),
+    ("grad_key_value", True, 128): (
+        # 8x128-8x128-k5 0.979 : 1.55, k7 0.994 : 1.69, k9 1.08 : 1.87, k13 1.41 : 2.20
+        Row(3, 13, WalkPlan((4, 16), 1, 8, 2, one_by_one=True)),
+    ),
+    ("forward", False, 64): (
+        # 512-64-k15 0.103 : 0.119, k17 0.106 : 0.119; 8x128-8x64-k15 0.415 : 0.446, k17 0.433 : 0.444
+        Row(15, 17, WalkPlan((8, 8), 4, 8, 3), above=_FEW),
+        Row(15, 21, WalkPlan((8, 8), 2, 10, 4), above=_FEW),  # 512-64-k19 0.137 : 0.154, k21 0.143 : 0.147
+    ),
+    ("forward", False, 128): (
+        Row(3, 9, WalkPlan((8, 8), 8, 3, 2), pixels=_FEW),  # 4x64-2x128-k7 0.0187 : 0.0258, 128-128-k7 0.0133 : 0.0137
+        # 8x128-8x128-k3 0.306 : 0.323, k7 0.347 : 0.489, k9 0.351 : 0.525; 2048-128-k7 1.22 : 1.90
+        Row(3, 9, WalkPlan((8, 8), 4, 5, 3)),
+        # 8x128-8x128-k11 0.529 : 0.555, k13 0.570 : 0.574; 256-4x128-k17 0.166 : 0.205, k21 0.211 : 0.260
+        Row(5, 21, WalkPlan((8, 8), 2, 5, 3), above=_FEW),
+    ),
+    ("grad_query", False, 64): (
+        # 512-64-k15 0.133 : 0.161, k17 0.140 : 0.154; 8x128-8x64-k15 0.532 : 0.589, k17 0.562 : 0.575
+        Row(15, 17, WalkPlan((8, 8), 2, 10, 3), above=_FEW),
+        # 512-64-k19 0.157 : 0.206, k21 0.169 : 0.184; 8x128-8x64-k21 0.671 : 0.703
+        Row(15, 21, WalkPlan((8, 8), 2, 7, 3), above=_FEW),
+    ),
+    ("grad_query", False, 128): (
+        # 8x128-8x128-k3 0.481 : 0.575, k7 0.491 : 0.726, k9 0.498 : 0.725; 2048-128-k7 1.78 : 2.92, 128-128-k7 0.0158 :
+        # 0.0192
+        Row(3, 9, WalkPlan((8, 8), 2, 5, 3)),
+        # 8x128-8x128-k11 0.686 : 0.778, k13 0.718 : 0.783; 256-4x128-k17 0.220 : 0.268
+        Row(5, 17, WalkPlan((8, 8), 2, 3, 3)),
+    ),
+    ("grad_key_value", False, 128): (
+        Row(3, 5, WalkPlan((8, 8), 4, 4, 2)),  # 8x128-8x128-k3 0.544 : 0.839, k5 0.542 : 0.787
+        # 8x128-8x128-k7 0.688 : 1.289, k9 0.729 : 1.283; 2048-128-k7 2.62 : 5.05, 128-128-k7 0.0212 : 0.0289
+        Row(3, 9, WalkPlan((8, 8), 2, 7, 2)),
+        # 8x128-8x128-k11 0.932 : 1.456, k13 0.999 : 1.415; 256-4x128-k17 0.290 : 0.408, 128-128-k13 0.0265 : 0.0319
+        Row(5, 17, WalkPlan((8, 8), 2, 6, 2)),
+    ),
+    ("grad_key_value", False, 64): (
+        # 512-64-k9 0.119 : 0.118, k11 0.135 : 0.158, k13 0.140 : 0.156, k15 0.173 : 0.230, k17 0.178 : 0.220,
+        # k19 0.209 : 0.296, k21 0.214 : 0.267; 8x128-8x64-k13 0.537 : 0.568, k21 0.820 : 1.014;
+        # 128-64-k21 0.0228 : 0.0252
+        Row(11, 21, WalkPlan()),
+    ),
+}
+
+
+def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
+    """Every task, whether columns lie side by side and channels per head, with their rows."""
+    yield from _TABLE.items()
+
+
+def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
+    """Whether such a kernel can take a task over maps of a form, of so many channels per head and columns."""
+    takes = (task, form.planes) in {of[:2] for of in _TABLE} and depth in _DEPTHS[form.planes]
+    vectors = not form.planes or width % VECTOR == 0
+    return takes and vectors and form.product == "half" and arch == _ARCH
+
+
+def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel: tuple[int, int]) -> WalkPlan | None:
+    """The plan of a task that can be taken; None where blocks are not to walk.
+
+    pixels: of all images and heads. plane: pixels of one image.
+    """
+    rows = (row for row in _TABLE.get((task, planes, depth), ()) if row.above < pixels <= row.pixels)
+    wide = (row for row in rows if plane >= row.plane)
+    return next((row.plan for row in wide if min(kernel) >= row.least and max(kernel) <= row.kernel), None)

@@ -94,14 +94,15 @@ def library(compiled: Compiled | Walk) -> ctypes.CDLL:
     return ctypes.CDLL(str(kept(path, *options, source=source)))
 
 
-def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
+def tensor_map(axes: str, box: tuple[int, ...], pattern: int, x: Tensor) -> bytes:
     """As `emulator.h` reads it."""
     batch, heads, h, w, depth = x.shape
-    element = x.element_size()
-    of_axes = {"c": (heads * depth, x.stride(4)), "x": (w, x.stride(3)), "y": (h, x.stride(2))}
-    sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, x.stride(0)), strict=True)
+    element, channels = x.element_size(), depth if "h" in axes else heads * depth
+    of_axes = {"c": (channels, x.stride(4)), "x": (w, x.stride(3)), "y": (h, x.stride(2)), "h": (heads, x.stride(1))}
+    rest = [(1, 0)] * (4 - len(axes))
+    sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, x.stride(0)), *rest, strict=True)
     steps = (step * element for step in steps[1:])
-    return struct.pack("<13Q24x", x.data_ptr(), element, pattern, *sizes, *steps, *box)
+    return struct.pack("<15Q8x", x.data_ptr(), element, pattern, *sizes, *steps, *box[:3])
 
 
 @contextlib.contextmanager

@@ -68,8 +68,8 @@ inline Index threadIdx, blockIdx, gridDim;
 // As the tests pack it: sizes and steps of the axes, the innermost first, of a map of 2 or 4 bytes a number.
 struct alignas(64) TensorMap {
   u64 data, element, pattern;
-  u64 sizes[4], steps[3], box[3];  // steps in bytes, of all but the first axis
-  u64 unused[3];
+  u64 sizes[5], steps[4], box[3];  // steps in bytes, of all but the first axis; boxes have one of the others
+  u64 unused[1];
 };
 static_assert(sizeof(TensorMap) == 128, "");
 
@@ -175,17 +175,17 @@ void copy_in(u32 barrier, F copy) {
 }
 
 template <typename F>
-void each_of_box(const TensorMap& map, u32 shared, const int (&at)[4], F f) {
+void each_of_box(const TensorMap& map, u32 shared, const int (&at)[5], F f) {
   u32 offset = 0;
   const u32 mask = map.pattern / 16 - 1;
   for (int c = 0; c < (int)map.box[2]; c++)
     for (int b = 0; b < (int)map.box[1]; b++)
       for (int a = 0; a < (int)map.box[0]; a++, offset += map.element) {
-        const long long place[4] = {at[0] + a, at[1] + b, at[2] + c, at[3]};
+        const long long place[5] = {at[0] + a, at[1] + b, at[2] + c, at[3], at[4]};
         bool inside = true;
         long long from = place[0] * (long long)map.element;
-        for (int i = 0; i < 4; i++) inside &= place[i] >= 0 && place[i] < (long long)map.sizes[i];
-        for (int i = 1; i < 4; i++) from += place[i] * (long long)map.steps[i - 1];
+        for (int i = 0; i < 5; i++) inside &= place[i] >= 0 && place[i] < (long long)map.sizes[i];
+        for (int i = 1; i < 5; i++) from += place[i] * (long long)map.steps[i - 1];
         const u32 place_in_shared = shared + (offset ^ (offset >> 7 & mask) << 4);
         f(memory_at(place_in_shared), reinterpret_cast<unsigned char*>(map.data) + from, inside);
       }
@@ -317,10 +317,10 @@ inline void barrier_wait(u32 barrier, int use) {
   }
 }
 
-inline void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d) {
+inline void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d, int e = 0) {
   emulator::copy_in(barrier, [=] {
     u32 bytes = 0;
-    emulator::each_of_box(map, to, {a, b, c, d}, [&](unsigned char* shared, unsigned char* global, bool inside) {
+    emulator::each_of_box(map, to, {a, b, c, d, e}, [&](unsigned char* shared, unsigned char* global, bool inside) {
       inside ? (void)memcpy(shared, global, map.element) : (void)memset(shared, 0, map.element);
       bytes += map.element;
     });
@@ -329,7 +329,7 @@ inline void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b,
 }
 
 inline void copy_box_out(u32 from, const TensorMap& map, int a, int b, int c, int d) {
-  emulator::each_of_box(map, from, {a, b, c, d}, [&](unsigned char* shared, unsigned char* global, bool inside) {
+  emulator::each_of_box(map, from, {a, b, c, d, 0}, [&](unsigned char* shared, unsigned char* global, bool inside) {
     if (inside) memcpy(global, shared, map.element);
   });
 }

@@ -46,6 +46,10 @@ WALKED += [
     (True, 64, (7, 2), WalkPlan((4, 16), 2, 4, 2, 2)),
     (True, 128, (7, 3), WalkPlan((4, 16), 1, 7, 2, one_by_one=True)),
     (True, 128, (2, 19), WalkPlan((8, 8), 2, 3, 2, one_by_one=True)),
+    (True, 9, (5, 11), WalkPlan((4, 16), 2, 6, 4, 2)),
+    (True, 30, (9, 9), WalkPlan((4, 16), 2, 8, 3)),
+    (True, 45, (6, 25), WalkPlan((8, 8), 2, 8)),
+    (True, 100, (3, 7), WalkPlan((4, 16), 1, 7, 2, one_by_one=True)),
 ]
 
 TRITON = Target("triton", "cuda")

@@ -175,23 +175,29 @@ def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(monkeypatch):
 def test_blocks_walk_over_the_windows_of_the_table():
     """Of a row's sizes, of one and the other side."""
     most = 2**40  # pixels
-    for (task, planes, depth), rows in walk_table.table():
-        asks = {"task": task, "depth": depth, "size": (9, 16), "layout": "contiguous" if planes else "last"}
-        small = [row for row in rows if row.above == row.plane == 0]
-        for row in small:
-            assert isinstance(walking((row.least, row.kernel), **asks), Walk)
-            assert isinstance(walking((row.kernel, row.least), **asks), Walk)
+    for (task, planes, room), rows in walk_table.table():
+        asks = {"task": task, "size": (9, 16), "layout": "contiguous" if planes else "last"}
+        for row in rows:
+            if row.above == row.plane == 0:
+                asks["depth"] = room - row.padded
+                assert isinstance(walking((row.least, row.kernel), **asks), Walk)
+                assert isinstance(walking((row.kernel, row.least), **asks), Walk)
         for i, row in enumerate(rows):
-            pixels = min(row.pixels, most)
+            pixels, depth = min(row.pixels, most), room - row.padded
             taken = [each for each in rows[:i] if each.above < pixels <= each.pixels and each.plane <= row.plane]
-            side = max([row.least, *(each.kernel + 1 for each in taken)])  # of windows that no row before takes
+            before = (each.kernel + 1 for each in taken if row.padded or not each.padded)
+            side = max([row.least, *before])  # of windows that no row before takes
             assert walk_table.choose(task, planes, depth, pixels, row.plane, (side, row.kernel)) == row.plan
+        asks["depth"] = room
+        rows = [row for row in rows if not row.padded]
         least, widest = min(row.least for row in rows), max(row.kernel for row in rows)
         assert not isinstance(walking((least - 1, widest), **asks), Walk)
         assert not isinstance(walking((widest, widest + 1), **asks), Walk)
     planes = {"task": "forward", "layout": "contiguous", "size": (9, 16), "causal": (True, False)}
     assert walking((17, 17), **planes).lead == (16, 8)
-    assert walking((17, 17), depth=48, **planes) is None
+    assert walking((17, 17), depth=48, **planes).room == 64
+    assert walking((17, 17), depth=129, **planes) is None
+    assert walking((17, 17), depth=48, task="forward") is None  # channels side by side
 
 
 def test_few_blocks_of_many_tiles_do_not_walk_over_wide_windows_of_channels_side_by_side():
@@ -204,7 +210,8 @@ def test_few_blocks_of_many_tiles_do_not_walk_over_wide_windows_of_channels_side
 def test_whatever_window_is_asked_for_the_chosen_plan_fits():
     """Centred and causal, even and thin."""
     sides = range(1, 22)
-    for task, planes, depth in dict(walk_table.table()):
+    asked_for = [(*key[:2], key[2] - less) for key in dict(walk_table.table()) for less in (0, key[1])]
+    for task, planes, depth in asked_for:
         maps = (2**10, 2**10), (2**18, 2**18), (2**24, 2**14), (2**20, 2**20), (2**24, 2**22)
         for kernel, (pixels, plane) in itertools.product(itertools.product(sides, sides), maps):
             plan = walk_table.choose(task, planes, depth, pixels, plane, kernel)

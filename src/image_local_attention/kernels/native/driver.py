@@ -65,11 +65,12 @@ class Kernel:
         checked(self._launch(ctypes.byref(config), self._function, pointers, None))
 
 
-def tensor_map(axes: str, box: tuple[int, int, int], pattern: int, x: Tensor) -> bytes:
+def tensor_map(axes: str, box: tuple[int, ...], pattern: int, x: Tensor) -> bytes:
     """Of heads [B, heads, H, W, D].
 
-    axes: the order in which a copy has channels "c" of all heads, columns "x" and rows "y", the first side by side in
-    memory too; box: how many of each. pattern: bytes that a copy is swizzled in, 16 is none.
+    axes: the order in which a copy has channels "c", columns "x" and rows "y", the first side by side in memory too;
+    and heads "h", where channels are of one and not of all. box: how many of each. pattern: bytes that a copy is
+    swizzled in, 16 is none.
     """
     return _tensor_map(x.data_ptr(), x.element_size(), x.shape, x.stride(), axes, box, pattern)
 
@@ -90,12 +91,13 @@ def _tensor_map(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     axes: str,
-    box: tuple[int, int, int],
+    box: tuple[int, ...],
     pattern: int,
 ) -> bytes:
     bind_thread()  # a thread may describe maps first, for a kernel that another has loaded
     batch, heads, h, w, depth = shape
-    of_axes = {"c": (heads * depth, strides[4]), "x": (w, strides[3]), "y": (h, strides[2])}
+    channels = depth if "h" in axes else heads * depth
+    of_axes = {"c": (channels, strides[4]), "x": (w, strides[3]), "y": (h, strides[2]), "h": (heads, strides[1])}
     sizes, steps = zip(*(of_axes[axis] for axis in axes), (batch, strides[0]), strict=True)
     # the stride of an axis of size 1 is never used, but has to be one
     steps = [step * element if size > 1 else _STRIDE for step, size in zip(steps[1:], sizes[1:], strict=True)]
@@ -104,12 +106,12 @@ def _tensor_map(
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(room) + start),
         _UNSIGNED[element],
-        4,
+        len(sizes),
         ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 4)(*sizes),
-        (ctypes.c_uint64 * 3)(*steps),
-        (ctypes.c_uint32 * 4)(*box, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        (ctypes.c_uint64 * len(sizes))(*sizes),
+        (ctypes.c_uint64 * len(steps))(*steps),
+        (ctypes.c_uint32 * len(sizes))(*box, 1),
+        (ctypes.c_uint32 * len(sizes))(*[1] * len(sizes)),
         0,
         _SWIZZLE[pattern],
         _PROMOTION,

@@ -41,11 +41,20 @@ INLINE void barrier_wait(u32 barrier, int use) {
       : "memory");
 }
 
-// Copies the box that begins at (a, b, c, d), the innermost axis first; what lies outside of the map is zero.
+// Copies the box that begins at (a, b, c, d), or (a, b, c, d, e), the innermost axis first; what lies outside of the map
+// is zero.
 INLINE void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+INLINE void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d, int e) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d), "r"(e)
       : "memory");
 }
 

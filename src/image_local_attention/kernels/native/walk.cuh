@@ -6,7 +6,7 @@
 // passes in bands of BAND_H rows through SLOTS places of shared memory; products of a tile take SEEN_W of its columns.
 // Tile t, counted down, sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
 //
-// Maps are of halves, of DEPTH channels a head. Names in capitals that are not defined here are given when this is
+// Maps are of halves, of CHANNELS a head, for which there is room for DEPTH: the rest is zero. Names in capitals that are not defined here are given when this is
 // compiled.
 
 constexpr int BAND_PIXELS = BAND_H * HALO_W, BAND_BYTES = BAND_PIXELS * DEPTH * 2;
@@ -68,7 +68,7 @@ struct Place {
 
   // Where a map has column 0 of row y, of the head's channel.
   INLINE Number* row(const StridedMap<Number>& map, int channel, int y) const {
-    return map.data + image * map.image + (head * DEPTH + channel) * map.channel + y * map.row;
+    return map.data + image * map.image + (head * CHANNELS + channel) * map.channel + y * map.row;
   }
 
   // Where the pixel (y, x) lies in floats [B, heads, H, W].

@@ -19,6 +19,7 @@ _TILE = 64  # pixels
 _BARRIERS = 16  # bytes of a place
 _PATTERN = 1024
 _PART = 64  # channels that are copied together where they lie side by side
+DEPTHS = 16, 32, 64, 128  # channels that kernels have room for
 VECTOR = 8  # columns, of which copies of planes begin on multiples
 # Columns of bands of planes, whose rows are those of a pattern. Others and single tiles have the first at most.
 _WIDTHS = 32, 64
@@ -70,6 +71,11 @@ class Walk(NamedTuple):
     multiprocessors: int
 
     @property
+    def room(self) -> int:
+        """For channels: what a head has no channels for is zero."""
+        return room_for(self.depth)
+
+    @property
     def seen_lead(self) -> tuple[int, int]:
         """From the first pixel that a kept one sees to it."""
         return tuple(lead_of(self.task, k, lead) for k, lead in zip(self.kernel, self.lead, strict=True))
@@ -113,7 +119,7 @@ class Walk(NamedTuple):
         even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
         seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= _WIDTHS[0 if plan.abreast == 1 else 1]
         rows = plan.band % 2 == 0 and plan.abreast == 1 and tw == VECTOR and not plan.one_by_one
-        return comes and even and seen and (self.planes or rows)
+        return comes and even and seen and (self.planes or (rows and self.depth == self.room))
 
     @property
     def name(self) -> str:
@@ -125,7 +131,8 @@ class Walk(NamedTuple):
         names = {
             "BF16": int(self.dtype == torch.bfloat16),
             "PLANES": int(self.planes),
-            "DEPTH": self.depth,
+            "DEPTH": self.room,
+            "CHANNELS": self.depth,
             "KEPT_MAPS": self.kept_maps,
             "STAGED": self.staged,
             "PRODUCT_MAPS": self.product_maps,
@@ -153,7 +160,7 @@ class Walk(NamedTuple):
         """Source of what only a GPU can do."""
         pixels = self.seen * (self.plan.band if self.plan.abreast == 1 else 1)
         number = "bf16" if self.dtype == torch.bfloat16 else "f16"
-        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.channels, self.planes, number)
+        return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.together, self.planes, number)
 
     @property
     def program(self) -> str:
@@ -177,9 +184,9 @@ class Walk(NamedTuple):
         return True
 
     @property
-    def channels(self) -> int:
-        """Of a copy, and of the products of weights."""
-        return self.depth if self.planes else _PART
+    def together(self) -> int:
+        """Channels of a copy, and of the products of weights."""
+        return self.room if self.planes else _PART
 
     @property
     def kept_maps(self) -> int:
@@ -210,10 +217,10 @@ class Walk(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory that a block takes."""
         rows, columns = self.halo
-        band = 2 * rows * columns * self.depth * 2 + _whole_patterns(rows * columns * self.numbers * 4)
-        kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.depth * 2)
+        band = 2 * rows * columns * self.room * 2 + _whole_patterns(rows * columns * self.numbers * 4)
+        kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.room * 2)
         apart = 7 * _APART if self.plan.tile[1] > VECTOR else 0  # of the 8 pixels that come one after the other
-        moved = self.product_maps * (_TILE * self.depth * 2 + apart)  # to where products take tiles from
+        moved = self.product_maps * (_TILE * self.room * 2 + apart)  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
         return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * self.kept_maps // self.staged * _BARRIERS
 
@@ -227,11 +234,13 @@ class Walk(NamedTuple):
 
     @property
     def axes(self) -> str:
-        """Of a copy."""
+        """Of a copy; heads are apart where it is to end with a head's channels."""
+        if self.depth < self.room:
+            return "xcyh"
         return "xcy" if self.planes else "cxy"
 
     def _box(self, pixels: tuple[int, int]) -> tuple[int, ...]:
-        takes = {"c": self.channels, "x": pixels[1], "y": pixels[0]}
+        takes = {"c": self.together, "x": pixels[1], "y": pixels[0], "h": 1}
         return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
@@ -241,6 +250,11 @@ class Walk(NamedTuple):
 
 def _whole_patterns(count: int) -> int:
     return cdiv(count, _PATTERN) * _PATTERN
+
+
+def room_for(depth: int) -> int | None:
+    """The least number of channels that a kernel has room for, and a head fits into."""
+    return next((room for room in DEPTHS if depth <= room), None)
 
 
 @functools.lru_cache(maxsize=1024)

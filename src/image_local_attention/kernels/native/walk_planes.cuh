@@ -20,7 +20,10 @@ using PlaneBlocks = SharedBlocks<NEXT_BLOCK>;
 constexpr bool IN_VECTORS = TILE_W == 16;
 
 INLINE void copy_halo(u32 to, const TensorMap& map, u32 barrier, int y, int x, const Place& at) {
-  copy_box_in(to, map, barrier, x, at.head * DEPTH, y, at.image);
+  if (CHANNELS < DEPTH)  // channels end with the head's
+    copy_box_in(to, map, barrier, x, 0, y, at.head, at.image);
+  else
+    copy_box_in(to, map, barrier, x, at.head * DEPTH, y, at.image);
 }
 
 INLINE void copy_kept(u32 to, const TensorMap& map, u32 barrier, int y, const Place& at) {
@@ -89,6 +92,7 @@ struct Kept {
     Number* to = at.row(map, 0, y + l.warp) + x;
 #pragma unroll
     for (int channel = l.lane / 2; channel < DEPTH; channel += 16) {
+      if (channel >= CHANNELS) break;
       u32 words[4];
       load(words, turned(row, channel, l.lane % 2));
       *reinterpret_cast<uint4*>(to + channel * map.channel) = {words[0], words[1], words[2], words[3]};
@@ -113,7 +117,9 @@ struct Kept {
       for (int block = 0; block < DEPTH / 8; block++, to += 8 * map.channel) {
         const float* of = sums + 4 * block + 2 * kept;
         const u32 word = pack_halves<BF16>(of[0] * factor, of[1] * factor);
-        to[0] = word, to[map.channel] = word >> 16;
+        const int channel = 8 * block + 2 * l.member;
+        if (channel < CHANNELS) to[0] = word;
+        if (channel + 1 < CHANNELS) to[map.channel] = word >> 16;
       }
     }
   }

@@ -4,7 +4,7 @@
 constexpr int PIXEL_BYTES = 128, COLUMN_BYTES = PIXEL_BYTES, PARTS = DEPTH / 64;
 constexpr int TILE_PART = 64 * PIXEL_BYTES, BAND_PART = BAND_PIXELS * PIXEL_BYTES;
 constexpr int KEPT_BYTES = PARTS * TILE_PART;  // of a map's tile
-static_assert(DEPTH % 64 == 0, "a pixel of a part is a row of a pattern");
+static_assert(DEPTH % 64 == 0 && CHANNELS == DEPTH, "a pixel of a part is a row of a pattern");
 static_assert(TILE_W == 8 && ABREAST == 1, "tiles see all of a band");
 
 using PixelRows = SharedRows<PIXEL_BYTES>;

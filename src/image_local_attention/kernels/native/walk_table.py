@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .plan import Form
-from .walk import VECTOR, WalkPlan
+from .walk import VECTOR, WalkPlan, room_for
 
 _ARCH = 90  # no other GPU has these products
-_DEPTHS = {True: (16, 32, 64, 128), False: (64, 128)}  # channels of a head, by whether columns lie side by side
+_ROOMS = {True: (16, 32, 64, 128), False: (64, 128)}  # for channels of a head, by whether columns lie side by side
 
 
 class Row(NamedTuple):
@@ -21,6 +21,7 @@ class Row(NamedTuple):
     pixels: int = 1 << 60  # of all images and heads, at most
     above: int = 0  # pixels of all images and heads, more than
     plane: int = 0  # pixels of one image, at least
+    padded: bool = False  # of heads alone that have fewer channels than a kernel has room for, which `table` lacks
 
 
 # Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
@@ -38,6 +39,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
     ),
     ("forward", True, 32): (
+        Row(3, 8, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),
         Row(9, 9, WalkPlan((4, 16), 4, 4, 3, 3), plane=_LARGE),  # 2048-32-k9 0.692, of 0.877
         Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
         Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
@@ -63,6 +65,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
     ),
     ("grad_query", True, 32): (
+        Row(3, 6, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),
         Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
         Row(9, 13, WalkPlan((4, 16), 1, 12, 6, 2), plane=_LARGE),  # 2048-32-k13 1.18, of 1.38
         Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
@@ -85,6 +88,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 1, 6, 3, one_by_one=True)),  # 256-4x128-k21 0.558 : 0.647
     ),
     ("grad_key_value", True, 32): (
+        Row(3, 4, WalkPlan((4, 16), 1, 12, 4, 2), padded=True),
         Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
         Row(7, 9, WalkPlan((4, 16), 2, 8, 3, 3), plane=_LARGE),  # 2048-32-k9 1.40, of 1.54
         Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433
@@ -154,9 +158,10 @@ def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
 
 def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head and columns."""
-    takes = (task, form.planes) in {of[:2] for of in _TABLE} and depth in _DEPTHS[form.planes]
-    vectors = not form.planes or width % VECTOR == 0
-    return takes and vectors and form.product == "half" and arch == _ARCH
+    room = room_for(depth)
+    kernel = (task, form.planes) in {of[:2] for of in _TABLE} and form.product == "half" and arch == _ARCH
+    fits = width % VECTOR == 0 if form.planes else depth == room
+    return kernel and room in _ROOMS[form.planes] and fits
 
 
 def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel: tuple[int, int]) -> WalkPlan | None:
@@ -164,6 +169,7 @@ def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel:
 
     pixels: of all images and heads. plane: pixels of one image.
     """
-    rows = (row for row in _TABLE.get((task, planes, depth), ()) if row.above < pixels <= row.pixels)
-    wide = (row for row in rows if plane >= row.plane)
-    return next((row.plan for row in wide if min(kernel) >= row.least and max(kernel) <= row.kernel), None)
+    room = room_for(depth)
+    rows = (row for row in _TABLE.get((task, planes, room), ()) if row.above < pixels <= row.pixels)
+    rows = (row for row in rows if plane >= row.plane and (depth < room or not row.padded))
+    return next((row.plan for row in rows if min(kernel) >= row.least and max(kernel) <= row.kernel), None)

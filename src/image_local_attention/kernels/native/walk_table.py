@@ -27,19 +27,20 @@ class Row(NamedTuple):
 # Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
 # long again then, so that plans with fewer of them are faster: tiles side by side share theirs.
 _LARGE = 3 << 19
-_FEW = 1 << 15  # pixels, of which few blocks have many tiles
+_FEW, _SOME = 1 << 15, 1 << 17  # pixels, of which blocks get few tiles
 
 # The first row whose window and sizes match is taken. Figures are milliseconds on an H200, of gradients of key and
 # value with delta, by task, whether columns lie side by side and channels per head; then those of the kernel that
 # `table` has for these windows or, behind "of", of the row that would be taken else. 512-64-k7 is one map of 512x512
-# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
+# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads. Of padded heads the second figure is Triton's.
 _TABLE = {
     ("forward", True, 16): (
         Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
         Row(15, 21, WalkPlan((4, 16), 2, 12, 4, 2)),  # 512-4x16-k21 0.394 : 0.418
     ),
     ("forward", True, 32): (
-        Row(3, 8, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),
+        Row(3, 9, WalkPlan((4, 16), 2, 10, 4, 2), pixels=_SOME, padded=True),  # 4x64-6x30-k7 0.0274, k9 0.0296 : 0.0371
+        Row(3, 8, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),  # 180x320-6x30-k5 0.056 : 0.077, k7 0.067 : 0.088
         Row(9, 9, WalkPlan((4, 16), 4, 4, 3, 3), plane=_LARGE),  # 2048-32-k9 0.692, of 0.877
         Row(9, 17, WalkPlan((4, 16), 2, 12, 4)),  # 512-4x32-k9 0.188 : 0.220, k13 0.225 : 0.296
         Row(15, 21, WalkPlan((8, 8), 2, 12, 4)),  # 512-2x32-k21 0.231 : 0.375
@@ -65,7 +66,8 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 2, 4, 3)),  # 256-4x128-k21 0.334 : 0.580
     ),
     ("grad_query", True, 32): (
-        Row(3, 6, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),
+        Row(3, 9, WalkPlan((4, 16), 1, 12, 4, 2), pixels=_SOME, padded=True),  # 4x64-6x30-k7 0.0343, k9 0.0379 : 0.0433
+        Row(3, 6, WalkPlan((4, 16), 1, 12, 6, 3), padded=True),  # 180x320-6x30-k5 0.068 : 0.098
         Row(7, 9, WalkPlan((4, 16), 1, 12, 6, 3)),  # 2048-32-k7 0.808 : 0.853; 512-4x32-k9 0.248 : 0.252
         Row(9, 13, WalkPlan((4, 16), 1, 12, 6, 2), plane=_LARGE),  # 2048-32-k13 1.18, of 1.38
         Row(9, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k13 0.301 : 0.375
@@ -88,7 +90,7 @@ _TABLE = {
         Row(15, 21, WalkPlan((8, 8), 1, 6, 3, one_by_one=True)),  # 256-4x128-k21 0.558 : 0.647
     ),
     ("grad_key_value", True, 32): (
-        Row(3, 4, WalkPlan((4, 16), 1, 12, 4, 2), padded=True),
+        Row(3, 4, WalkPlan((4, 16), 1, 12, 4, 2), padded=True),  # 256-2x24-k3 0.038 : 0.063
         Row(5, 7, WalkPlan((4, 16), 1, 12, 4, 2)),  # 2048-32-k7 1.27 : 1.31; 512-2x32-k5 0.150 : 0.153
         Row(7, 9, WalkPlan((4, 16), 2, 8, 3, 3), plane=_LARGE),  # 2048-32-k9 1.40, of 1.54
         Row(7, 17, WalkPlan((4, 16), 2, 12, 3)),  # 512-4x32-k9 0.347 : 0.407, k13 0.423 : 0.433

@@ -28,7 +28,7 @@ from image_local_attention.bench.rows import environment
 from image_local_attention.bench.timing import matmul_precision
 from image_local_attention.kernels import gpu as gpus
 from image_local_attention.kernels import native
-from image_local_attention.kernels.native import launch, nvrtc, walk, walk_table
+from image_local_attention.kernels.native import launch, nvrtc, table, walk, walk_table
 from image_local_attention.kernels.native.plan import UNFUSED, Form, Plan, shape, shared, suits
 
 DEVICE = torch.device("cuda")
@@ -81,6 +81,8 @@ class Problem:
         if walk_table.serves(self.task, self.form, self.case.depth, self.case.width, gpus.of(DEVICE).arch):
             yield from self._walks()
         case, single = self.case, self.form.element == 4
+        if case.depth not in {row.depth for _, _, row in table.rows()}:
+            return
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows
         if single:  # by how many registers sums of so many channels take
             sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384, 512))
@@ -251,10 +253,10 @@ def main(
         fitting = [plan for each, plan in jobs if each == problem and stacks[each, plan] in range(SPILLED + 1)]
         with matmul_precision(problem.case.precision):
             timed = time_plans(problem, fitting, run_of(problem), budget)
-        table = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
+        shown = Table("plan", "ms", "off", title=f"{problem.case.name}: {problem.task}")
         for row in [*timed[:show], *(row for row in timed[show:] if row["plan"] == "portable")]:
-            table.add_row(row["name"], f"{row['ms']:.4g}", row.get("error", f"{row.get('off', 0):.1e}"))
-        console.print(table)
+            shown.add_row(row["name"], f"{row['ms']:.4g}", row.get("error", f"{row.get('off', 0):.1e}"))
+        console.print(shown)
         rows += [{"case": problem.case.name, "task": problem.task} | row | where for row in timed]
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 // until it waits for others, and warps for turns of random lengths. Shared memory begins at address 0 and is full of NaN.
 //
 // Copies are done at once, so that one which overwrites what others still read is seen, or late, when somebody waits for
-// them, so that what is read without waiting is seen. Operands of TF32 are cut off as on a GPU, but sums are rounded.
+// them, so that what is read without waiting is seen. Then blocks run from the last to the first, so that what they write
+// into each other's results is seen. Operands of TF32 are cut off as on a GPU, but sums are rounded.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -478,11 +479,12 @@ inline void launch(const int* grid, int count, bool copies_late, std::function<v
   threads.resize(count);
   for (Thread& thread : threads) thread.stack.resize(STACK);
   gridDim.x = grid[0], gridDim.y = grid[1], gridDim.z = grid[2];
+  const auto turned = [&](int i, int axis) { return late ? grid[axis] - 1 - i : i; };
   for (int z = 0; z < grid[2]; z++)
     for (int y = 0; y < grid[1]; y++)
       for (int x = 0; x < grid[0]; x++) {
         memset(raw, 0xFF, sizeof(raw));
-        blockIdx.x = x, blockIdx.y = y, blockIdx.z = z;
+        blockIdx.x = turned(x, 0), blockIdx.y = turned(y, 1), blockIdx.z = turned(z, 2);
         alive = count, turns = 0;
         for (Thread& thread : threads) {
           getcontext(&thread.beginning);

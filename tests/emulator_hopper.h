@@ -1,9 +1,5 @@
 // What `hopper.cuh` and `products.py` provide, on a CPU. Products run when they are waited for: until then sums are NaN.
 
-struct uint4 {
-  u32 x, y, z, w;
-};
-
 template <int PATTERN, int NEXT = 16>
 struct SharedRows {
   u32 at;
@@ -118,6 +114,11 @@ inline void sync_group(int group) {
 inline u32 __funnelshift_r(u32 low, u32 high, int shift) { return u64(high) << 32 >> shift | low >> shift; }
 
 inline void store(u32 address, const u32 (&x)[4]) { memcpy(emulator::memory_at(address), x, 16); }
+
+inline void store_vector(void* to, const u32 (&x)[4]) {
+  if ((u64)to % 16) fprintf(stderr, "a vector that is stored amid another\n"), std::abort();
+  memcpy(to, x, 16);
+}
 
 inline void begin_products() { emulator::products().begun = true; }
 

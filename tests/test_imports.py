@@ -96,6 +96,7 @@ USER_LAW = {
         "kernels.native.launch",
         "kernels.native.nvrtc",
         "kernels.native.plan",
+        "kernels.native.table",
         "kernels.native.walk",
         "kernels.native.walk_table",
     },

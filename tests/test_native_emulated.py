@@ -12,6 +12,7 @@ from image_local_attention.kernels import launch as launches
 from image_local_attention.kernels import native
 from image_local_attention.kernels.native import launch
 from image_local_attention.kernels.native.plan import Plan
+from image_local_attention.kernels.native.walk import WalkPlan
 from problems import for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
 from test_native import heads_for, kinds, row_name
@@ -105,10 +106,33 @@ def test_blocks_that_walk_over_planes_are_within_their_budgets(walked, late):
     alone = replace(plan, groups=3) if plan.abreast == 1 and depth == 64 else plan
     for held, size, count in (plan, (19, 16 * plan.abreast), 1), (alone, (6, 8), 2):
         options = {"causal": (False, late), "scale": -0.1 if late else None, "batch": count}
-        each = problem(count, depth, size, kernel, layouts=("contiguous",) * 4, **options)
+        layouts = ("chunk" if late else "contiguous",) * 3
+        each = problem(count, depth, size, kernel, layouts=(*layouts, "contiguous"), **options)
         with walking(held), emulated(late) as ran:
             check(ATTENTION, each, TRITON, torch.float16 if late else torch.bfloat16)
         assert set(ran) == FUSED
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_heads_with_room_for_more_channels_do_not_see_those_of_others(late):
+    """Nor write there: a head of NaN leaves its neighbours as they are."""
+    maps = [torch.randn(2, 3 * 30, 6, 24, dtype=torch.bfloat16) for _ in range(4)]
+    plan = WalkPlan((4, 16), 2, 8, 3)
+
+    def results() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in maps[:3]]
+        with walking(plan), emulated(late) as ran:
+            out = local_attention(*leaves, (3, 5), heads=3, backend="triton")
+            grads = torch.autograd.grad(out, leaves, maps[3])
+        assert set(ran) == FUSED
+        return [x.detach().unflatten(1, (3, 30)) for x in (out, *grads)]
+
+    before = results()
+    for x in maps:
+        x.unflatten(1, (3, 30))[:, 1] = torch.nan
+    for x, y in zip(results(), before, strict=True):
+        assert torch.equal(x[:, ::2], y[:, ::2])
+        assert x[:, 1].isnan().all()
 
 
 # What is left to Triton runs under its interpreter, which has no bf16.

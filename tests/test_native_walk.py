@@ -32,7 +32,9 @@ def built(compiled: Walk, source: str | None = None) -> tuple[bytes, str]:
 
 def jobs() -> list:
     """Every row of the table at its widest window, and windows of every width of halos."""
-    rows = [(*key, row.plan, row.kernel) for key, of in walk_table.table() for row in of]
+    rows = [
+        (*key, room - 2 * row.padded, row.plan, row.kernel) for (*key, room), of in walk_table.table() for row in of
+    ]
     rows += [("grad_key_value", False, 64, WalkPlan(), side) for side in range(1, 22, 4)]
     rows += [(task, True, 64, WalkPlan((8, 8), 2, 8, 2), side) for task, side in zip(FUSED, (3, 8, 12), strict=True)]
     return [(*job, (torch.bfloat16, torch.float16)[i % 2]) for i, job in enumerate(dict.fromkeys(rows))]
@@ -56,7 +58,7 @@ def test_kernels_compile_and_do_not_wait_for_each_product(task, planes, depth, p
         f'\nstatic_assert(__builtin_offsetof(Arguments, {last}) + 4 == MAPS + {numbers}, "");'
     )
     cubin, log = built(compiled, compiled.source + agreement)
-    full = (task, depth, plan.groups) in FULL
+    full = (task, compiled.room, plan.groups) in FULL
     assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= (96 if full else 64)
     assert (WAITING in log) == full
     assert compiled.shared <= SHARED
@@ -106,7 +108,7 @@ def test_tiles_side_by_side_fit_whose_halo_is_no_wider_than_a_copy_of_64_columns
         assert not compiled_for((9, widest), replace(plan, groups=abreast + 1), "forward", planes=True).fits
     assert not compiled_for((3, 3), WalkPlan((4, 16), 2, 1, 2), "forward", planes=True).fits  # one band is held too
     assert not compiled_for((3, 3), WalkPlan((4, 16), 2, 8, 8), "forward", planes=True).fits  # too many threads
-    for other in {"abreast": 2}, {"one_by_one": True}:
+    for other in {"abreast": 2}, {"one_by_one": True}, {"tile": (4, 16)}:
         assert not compiled_for((9, 9), replace(WalkPlan(), **other)).fits
 
 
@@ -162,7 +164,6 @@ def test_blocks_walk_over_wide_windows_of_64_channels_side_by_side(monkeypatch):
         {"layout": "contiguous", "size": (9, 16), "kernel": (2, 13)},
         {"dtype": torch.float32},
         {"depth": 16},
-        {"task": "grad_query"},
     )
     for other in others:
         assert isinstance(walking(**other), launch.Compiled)
@@ -188,11 +189,10 @@ def test_blocks_walk_over_the_windows_of_the_table():
             before = (each.kernel + 1 for each in taken if row.padded or not each.padded)
             side = max([row.least, *before])  # of windows that no row before takes
             assert walk_table.choose(task, planes, depth, pixels, row.plane, (side, row.kernel)) == row.plan
-        asks["depth"] = room
         rows = [row for row in rows if not row.padded]
         least, widest = min(row.least for row in rows), max(row.kernel for row in rows)
-        assert not isinstance(walking((least - 1, widest), **asks), Walk)
-        assert not isinstance(walking((widest, widest + 1), **asks), Walk)
+        for kernel in (least - 1, widest), (widest, widest + 1):
+            assert walk_table.choose(task, planes, room, most, most, kernel) is None
     planes = {"task": "forward", "layout": "contiguous", "size": (9, 16), "causal": (True, False)}
     assert walking((17, 17), **planes).lead == (16, 8)
     assert walking((17, 17), depth=48, **planes).room == 64
@@ -200,11 +200,20 @@ def test_blocks_walk_over_the_windows_of_the_table():
     assert walking((17, 17), depth=48, task="forward") is None  # channels side by side
 
 
-def test_few_blocks_of_many_tiles_do_not_walk_over_wide_windows_of_channels_side_by_side():
+@pytest.mark.usefixtures("anywhere")
+def test_plans_are_of_the_size_of_planes_and_of_all_maps():
+    planes = {"task": "grad_query", "kernel": (9, 9), "layout": "contiguous"}
+    assert walking(size=(1024, 1024), **planes).plan == WalkPlan((4, 16), 2, 7, 3)
+    assert walking(size=(1536, 1024), **planes).plan == WalkPlan((4, 16), 1, 6, 4, 2)
+    for size, walks in ((128, 128), False), ((128, 136), True):
+        assert isinstance(walking(size=size, task="grad_query"), Walk) == walks
+
+
+def test_small_maps_do_not_walk_over_wide_windows_of_channels_side_by_side():
     for task, depth in ("forward", 64), ("grad_query", 64), ("forward", 128):
         few, more = (walk_table.choose(task, False, depth, count, 2**14, (21, 21)) for count in (2**15, 2**15 + 1))
         assert few is None
-        assert more
+        assert more is not None
 
 
 def test_whatever_window_is_asked_for_the_chosen_plan_fits():
@@ -228,5 +237,6 @@ def test_blocks_walk_wherever_they_are_asked_to_and_can():
         assert walking((9, 26)) is None
         assert walking(dtype=torch.float32) is None
         assert walking(depth=32) is None
-    with native.using("forward", WalkPlan((4, 16))):  # of planes alone
-        assert walking(task="forward") is None
+    with native.using("forward", WalkPlan((4, 16), 2)):  # of planes alone
+        assert walking((9, 9), task="forward") is None
+        assert walking((9, 9), task="forward", layout="contiguous", size=(9, 16)).plan == WalkPlan((4, 16), 2)

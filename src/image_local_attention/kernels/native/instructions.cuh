@@ -41,8 +41,8 @@ INLINE void barrier_wait(u32 barrier, int use) {
       : "memory");
 }
 
-// Copies the box that begins at (a, b, c, d), or (a, b, c, d, e), the innermost axis first; what lies outside of the map
-// is zero.
+// Copies the box that begins at (a, b, c, d), or (a, b, c, d, e), the innermost axis first; what lies outside of the
+// map is zero.
 INLINE void copy_box_in(u32 to, const TensorMap& map, u32 barrier, int a, int b, int c, int d) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
@@ -115,6 +115,9 @@ INLINE void store(u32 address, const u32 (&x)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
+
+// To the GPU's memory.
+INLINE void store_vector(void* to, const u32 (&x)[4]) { *reinterpret_cast<uint4*>(to) = {x[0], x[1], x[2], x[3]}; }
 
 // Four 8x8 matrices of 16 bits whose rows lie at the lanes' addresses; `ACROSS` are transposed.
 template <bool ACROSS>

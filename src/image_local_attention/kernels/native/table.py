@@ -1,6 +1,6 @@
 """A short table of measured facts: which plan a task takes, and so what the native kernels serve.
 
-Where blocks walk down the map (`walk`), they do so instead.
+Where blocks walk down the map (`walk_table`), they do so instead.
 
 What decides: a halo that leaves room for several blocks on a multiprocessor is held whole, for tiles of 8x8 pixels, or
 of few rows where several heads share the copies of a pixel, or where columns lie side by side. A larger one passes in
@@ -144,7 +144,8 @@ _TABLE: dict[tuple[str, str, bool], tuple[Row, ...]] = {
         Row(64, 13, Plan((4, 32), 8, 1, 1, band=1, slots=4)),  # 512-64-k11 0.199 : 0.255
     ),
     ("grad_query", "tf32", True): (
-        Row(64, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3), pixels=2**16),  # 512-64-k11 0.289 : 0.442
+        Row(64, 7, Plan((4, 32), 8, 1, 1, band=2, slots=3), pixels=2**16),
+        Row(64, 13, Plan((4, 32), 8, 1, 2, band=2, slots=3), pixels=2**16),  # larger tiles, by reasoning, are too few
         Row(64, 5, Plan((8, 32), 16, 1, 1, band=2, slots=3)),  # 512-64-k5 0.187 : 0.270
         Row(64, 7, Plan((4, 32), 8, 1, 1, band=2, slots=3)),  # 512-64-k5 0.192 : 0.270
         Row(64, 13, Plan((8, 24), 12, 1, 2, band=2, slots=3)),  # 512-64-k11 0.270 : 0.442

@@ -6,8 +6,8 @@
 // passes in bands of BAND_H rows through SLOTS places of shared memory; products of a tile take SEEN_W of its columns.
 // Tile t, counted down, sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
 //
-// Maps are of halves, of CHANNELS a head, for which there is room for DEPTH: the rest is zero. Names in capitals that are not defined here are given when this is
-// compiled.
+// Maps are of halves. A head has CHANNELS of them a pixel, and room for DEPTH: the rest is zero. Names in capitals that
+// are not defined here are given when this is compiled.
 
 constexpr int BAND_PIXELS = BAND_H * HALO_W, BAND_BYTES = BAND_PIXELS * DEPTH * 2;
 constexpr int TILE_STEP = TILE_H / BAND_H, TILE_BANDS = ceil_div(TILE_H + KERNEL_H - 1, BAND_H);

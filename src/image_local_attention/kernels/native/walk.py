@@ -86,8 +86,9 @@ class Walk(NamedTuple):
         seen = self.pad + self.plan.columns + self.kernel[1] - 1
         if self.planes:
             return self.plan.band, next((width for width in _WIDTHS if seen <= width), seen)
-        together = self.task == "grad_key_value" and self.plan.band % 4 == 0  # two rows
-        multiple = VECTOR // 2 if together else VECTOR
+        # Two rows of four columns more fill blocks of 8, and four such rows an even number of them.
+        by_two_rows = self.task == "grad_key_value" and self.plan.band % 4 == 0
+        multiple = VECTOR // 2 if by_two_rows else VECTOR
         return self.plan.band, cdiv(seen, multiple) * multiple
 
     @property
@@ -119,7 +120,7 @@ class Walk(NamedTuple):
         even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
         seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= _WIDTHS[0 if plan.abreast == 1 else 1]
         rows = plan.band % 2 == 0 and plan.abreast == 1 and tw == VECTOR and not plan.one_by_one
-        return comes and even and seen and (self.planes or (rows and self.depth == self.room))
+        return comes and even and seen and (self.planes or (rows and self.depth % _PART == 0))
 
     @property
     def name(self) -> str:

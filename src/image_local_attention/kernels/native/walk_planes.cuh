@@ -95,7 +95,7 @@ struct Kept {
       if (channel >= CHANNELS) break;
       u32 words[4];
       load(words, turned(row, channel, l.lane % 2));
-      *reinterpret_cast<uint4*>(to + channel * map.channel) = {words[0], words[1], words[2], words[3]};
+      store_vector(to + channel * map.channel, words);
     }
   }
 

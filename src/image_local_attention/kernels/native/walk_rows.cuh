@@ -57,22 +57,22 @@ struct Kept {
       const float factor = kept ? high : low;
       Number* to = at.row(map, 0, row) + x * map.column;
 #pragma unroll
-      for (int half = 0; half < DEPTH / 32; half++) {
+      for (int quarter = 0; quarter < DEPTH / 32; quarter++) {  // 32 channels
         u32 words[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int first = 4 * (4 * half + i) + 2 * kept;
+          const int first = 4 * (4 * quarter + i) + 2 * kept;
           words[i] = pack_halves<BF16>(sums[first] * factor, sums[first + 1] * factor);
         }
         transpose(words, l.member);
         if (row < at.height && x < at.width)
-          *reinterpret_cast<uint4*>(to + 32 * half + 8 * l.member) = {words[0], words[1], words[2], words[3]};
+          store_vector(to + 32 * quarter + 8 * l.member, words);
       }
     }
   }
 
   // Of each of a lane's pixels, the sum over channels of these times another map's, which was copied to `from`.
-  // shared: where addresses of shared memory count from.
+  // Over planes it is also told where addresses of shared memory count from.
   INLINE void products(float (&sums)[2], const unsigned char*, u32 from, const Lane& l) const {
 #pragma unroll
     for (int kept = 0; kept < 2; kept++) {

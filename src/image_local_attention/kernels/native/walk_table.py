@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .plan import Form
-from .walk import VECTOR, WalkPlan, room_for
+from .walk import DEPTHS, VECTOR, WalkPlan, room_for
 
 _ARCH = 90  # no other GPU has these products
-_ROOMS = {True: (16, 32, 64, 128), False: (64, 128)}  # for channels of a head, by whether columns lie side by side
+_ROOMS = {True: DEPTHS, False: (64, 128)}  # for channels of a head, by whether columns lie side by side
 
 
 class Row(NamedTuple):
@@ -24,15 +24,16 @@ class Row(NamedTuple):
     padded: bool = False  # of heads alone that have fewer channels than a kernel has room for, which `table` lacks
 
 
-# Pixels of an image whose planes are larger than some 2 MiB. At 64 channels and more, rows of copies take up to half as
-# long again then, so that plans with fewer of them are faster: tiles side by side share theirs.
+# Pixels of an image whose planes are 3 MiB; from 2 MiB on, at 64 channels and more, rows of copies take up to half as
+# long again. Then plans with fewer of them are faster, for tiles side by side share theirs, and those with more bands
+# on their way. At 32 channels such plans are faster at these sizes too.
 _LARGE = 3 << 19
 _FEW, _SOME = 1 << 15, 1 << 17  # pixels, of which blocks get few tiles
 
 # The first row whose window and sizes match is taken. Figures are milliseconds on an H200, of gradients of key and
 # value with delta, by task, whether columns lie side by side and channels per head; then those of the kernel that
-# `table` has for these windows or, behind "of", of the row that would be taken else. 512-64-k7 is one map of 512x512
-# pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads. Of padded heads the second figure is Triton's.
+# `table` has for these windows, of Triton's where it has none or, behind "of", of the row that would be taken else.
+# 512-64-k7 is one map of 512x512 pixels and 64 channels, 8x128-8x64-k7 eight of 128x128 and 8 heads.
 _TABLE = {
     ("forward", True, 16): (
         Row(11, 17, WalkPlan((4, 16), 4, 12, 3)),  # 512-4x16-k13 0.198 : 0.220
@@ -161,9 +162,9 @@ def table() -> Iterator[tuple[tuple[str, bool, int], tuple[Row, ...]]]:
 def serves(task: str, form: Form, depth: int, width: int, arch: int) -> bool:
     """Whether such a kernel can take a task over maps of a form, of so many channels per head and columns."""
     room = room_for(depth)
-    kernel = (task, form.planes) in {of[:2] for of in _TABLE} and form.product == "half" and arch == _ARCH
+    there = (task, form.planes) in {of[:2] for of in _TABLE} and form.product == "half" and arch == _ARCH
     fits = width % VECTOR == 0 if form.planes else depth == room
-    return kernel and room in _ROOMS[form.planes] and fits
+    return there and room in _ROOMS[form.planes] and fits
 
 
 def choose(task: str, planes: bool, depth: int, pixels: int, plane: int, kernel: tuple[int, int]) -> WalkPlan | None:

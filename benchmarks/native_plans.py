@@ -85,7 +85,7 @@ class Problem:
             return
         sized, steps = THREADS, (1, 2, 3, 4, 6, 7)  # of wide windows 3, or 6, fill whole rows
         if single:  # by how many registers sums of so many channels take
-            sized = {16: (384, 512, 768), 32: (256, 384, 512)}.get(case.depth, (256, 384, 512))
+            sized = (384, 512, 768) if case.depth == 16 else (256, 384, 512)
             steps = (1, 2, 3) if self.form.product == "three-pass" else (1, 2, 3, 4)
             if self.form.product == "three-pass" and case.depth > 32 and self.task != "forward":
                 sized, steps = (256, 384), (1,)

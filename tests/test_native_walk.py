@@ -193,10 +193,10 @@ def test_blocks_walk_over_the_windows_of_the_table():
         least, widest = min(row.least for row in rows), max(row.kernel for row in rows)
         for kernel in (least - 1, widest), (widest, widest + 1):
             assert walk_table.choose(task, planes, room, most, most, kernel) is None
-    planes = {"task": "forward", "layout": "contiguous", "size": (9, 16), "causal": (True, False)}
-    assert walking((17, 17), **planes).lead == (16, 8)
-    assert walking((17, 17), depth=48, **planes).room == 64
-    assert walking((17, 17), depth=129, **planes) is None
+    asks = {"task": "forward", "layout": "contiguous", "size": (9, 16), "causal": (True, False)}
+    assert walking((17, 17), **asks).lead == (16, 8)
+    assert walking((17, 17), depth=48, **asks).room == 64
+    assert walking((17, 17), depth=129, **asks) is None
     assert walking((17, 17), depth=48, task="forward") is None  # channels side by side
 
 

@@ -26,20 +26,15 @@ struct Softmax {
     for (int row = 0; row < BAND_H; row++) {
       const RowSeen seen(y + row, l);
       RowWords words;
-      float of_row[2] = {0.0f, 0.0f};
       if (seen.any()) {
-#pragma unroll
-        for (int block = 0; block < ROW_BLOCKS; block++)
-#pragma unroll
-          for (int kept = 0; kept < 2; kept++) {
-            if (never(block, kept)) continue;
-            const float* of = s + 4 * (row * ROW_BLOCKS + block) + 2 * kept;
-            const float low = exp2_of(fmaf(of[0], factor, less.of(kept, block, 0)));
-            const float high = exp2_of(fmaf(of[1], factor, less.of(kept, block, 1)));
-            of_row[kept] += low + high;
-            words.of[block][kept] = pack_halves<BF16>(low, high);
-          }
-        words.keep(seen);
+        float of_row[2] = {0.0f, 0.0f};
+        words.fill(seen, [&](int block, int kept) {
+          const float* of = s + 4 * (row * ROW_BLOCKS + block) + 2 * kept;
+          const float low = exp2_of(fmaf(of[0], factor, less.of(kept, block, 0)));
+          const float high = exp2_of(fmaf(of[1], factor, less.of(kept, block, 1)));
+          of_row[kept] += low + high;
+          return pack_halves<BF16>(low, high);
+        });
 #pragma unroll
         for (int kept = 0; kept < 2; kept++) sums[kept] += seen.both() || seen.by[kept] ? of_row[kept] : 0.0f;
       }

@@ -60,17 +60,11 @@ INLINE void pack_seen(Weights& to, const float (&x)[SCORES], int y, const Lane& 
   for (int row = 0; row < BAND_H; row++) {
     const RowSeen seen(y + row, l);
     RowWords words;
-    if (seen.any()) {
-#pragma unroll
-      for (int block = 0; block < ROW_BLOCKS; block++)
-#pragma unroll
-        for (int kept = 0; kept < 2; kept++) {
-          if (never(block, kept)) continue;
-          const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
-          words.of[block][kept] = pack_halves<BF16>(x[first], x[first + 1]);
-        }
-      words.keep(seen);
-    }
+    if (seen.any())
+      words.fill(seen, [&](int block, int kept) {
+        const int first = 4 * (row * ROW_BLOCKS + block) + 2 * kept;
+        return pack_halves<BF16>(x[first], x[first + 1]);
+      });
     words.put(to, row);
   }
 }

@@ -91,8 +91,7 @@ struct Kept {
     if (!at.has(y + l.warp, x)) return;
     Number* to = at.row(map, 0, y + l.warp) + x;
 #pragma unroll
-    for (int channel = l.lane / 2; channel < DEPTH; channel += 16) {
-      if (channel >= CHANNELS) break;
+    for (int channel = l.lane / 2; channel < CHANNELS; channel += 16) {
       u32 words[4];
       load(words, turned(row, channel, l.lane % 2));
       store_vector(to + channel * map.channel, words);

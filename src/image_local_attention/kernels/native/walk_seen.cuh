@@ -66,7 +66,14 @@ struct Less {
 struct RowWords {
   u32 of[ROW_BLOCKS][2] = {};  // of kept pixels
 
-  INLINE void keep(const RowSeen& seen) {
+  // Of a row that is seen. pack: gives the pair of a block and a kept pixel, of those that may be seen.
+  template <typename Pack>
+  INLINE void fill(const RowSeen& seen, Pack pack) {
+#pragma unroll
+    for (int block = 0; block < ROW_BLOCKS; block++)
+#pragma unroll
+      for (int kept = 0; kept < 2; kept++)
+        if (!never(block, kept)) of[block][kept] = pack(block, kept);
     if (seen.both()) return;
 #pragma unroll
     for (int kept = 0; kept < 2; kept++)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from image_local_attention.kernels import gpu, native
 from image_local_attention.kernels.native import launch, nvrtc, walk, walk_table
 from image_local_attention.kernels.native.compiled import ARGUMENTS
+from image_local_attention.kernels.native.plan import Form
 from image_local_attention.kernels.native.walk import Walk, WalkPlan
 from test_native import NVRTC, SHARED, anywhere, asked, needs_nvrtc  # noqa: F401
 
@@ -189,6 +190,8 @@ def test_blocks_walk_over_the_windows_of_the_table():
             before = (each.kernel + 1 for each in taken if row.padded or not each.padded)
             side = max([row.least, *before])  # of windows that no row before takes
             assert walk_table.choose(task, planes, depth, pixels, row.plane, (side, row.kernel)) == row.plan
+            if row.padded:
+                assert walk_table.choose(task, planes, room, pixels, row.plane, (row.least, row.least)) is None
         rows = [row for row in rows if not row.padded]
         least, widest = min(row.least for row in rows), max(row.kernel for row in rows)
         for kernel in (least - 1, widest), (widest, widest + 1):
@@ -197,7 +200,10 @@ def test_blocks_walk_over_the_windows_of_the_table():
     assert walking((17, 17), **asks).lead == (16, 8)
     assert walking((17, 17), depth=48, **asks).room == 64
     assert walking((17, 17), depth=129, **asks) is None
-    assert walking((17, 17), depth=48, task="forward") is None  # channels side by side
+    # channels side by side
+    assert walking((17, 17), depth=48, task="forward") is None
+    assert not walk_table.serves("forward", Form("half", False), 48, 16, 90)
+    assert not compiled_for((17, 17), task="forward", depth=48).fits
 
 
 @pytest.mark.usefixtures("anywhere")

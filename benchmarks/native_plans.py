@@ -42,6 +42,7 @@ MORE_BANDS = (*BANDS, (1, 6), (2, 2))  # beside weights that leave little room
 SIDE_BY_SIDE = (2, 1), (3, 1), (4, 1), (6, 1), (2, 2), (4, 2), (6, 2), (3, 3), (6, 3)  # groups, and tiles side by side
 WALKS = tuple(itertools.product(((8, 8), (4, 16)), (1, 2, 4), SIDE_BY_SIDE))  # tiles, rows of bands and these
 WALK_SLOTS = 14  # at most
+CHUNKS = {True: (0, 32, 64), False: (0, 24, 32, 40, 48, 64)}  # columns, by whether they lie side by side
 SMALL = 2**13  # pixels of maps whose blocks need not share a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a block takes besides its own
 MOST_COPIED = 256  # rows or columns of a copy
@@ -103,8 +104,9 @@ class Problem:
     def _walks(self) -> Iterator[walk.WalkPlan]:
         """With as many bands as there is room for, and with two fewer."""
         one_by_one = (False, True) if self.task != "forward" else (False,)
-        for (tile, band, (groups, abreast)), in_turn in itertools.product(WALKS, one_by_one):
-            plans = (walk.WalkPlan(tile, band, slots, groups, abreast, in_turn) for slots in range(WALK_SLOTS, 1, -1))
+        chunks = CHUNKS[self.form.planes]
+        for (tile, band, (groups, abreast)), *more in itertools.product(WALKS, one_by_one, chunks):
+            plans = (walk.WalkPlan(tile, band, slots, groups, abreast, *more) for slots in range(WALK_SLOTS, 1, -1))
             fit = [plan for plan in plans if (held := self.compiled(plan)).fits and held.shared <= limit()]
             yield from fit[:3:2]
 

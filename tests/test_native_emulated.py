@@ -18,17 +18,15 @@ from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, check
 from test_native import heads_for, kinds, row_name
 from test_native_gpu import (
     FP32,
-    FUSED,
     OPERATORS,
     UNFUSED,
-    WALKED,
     check_infinite_weights_outside,
     check_tf32,
     operator_of,
     problem,
     served_problems,
-    walking,
 )
+from walked import FUSED, WALKED, walking
 
 pytestmark = [
     pytest.mark.skipif(CUDA, reason="the GPU runs the kernels themselves"),

@@ -2,8 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,40 +19,14 @@ from image_local_attention.kernels.native.walk import WalkPlan
 from problems import EVERY_GRADIENT, GRADIENTS, Problem, for_each
 from test_accuracy import AGGREGATE, ATTENTION, SIMILARITY, asked, check, exact_results, numbers, run, wide
 from test_native import heads_for, noting, row_name
+from walked import FUSED, WALKED, walked_name, walking
 
 FP32 = torch.float32
 HALVES = torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP32], ids=["bf16", "fp16", "fp32"])
 WIDEST = {16: 21, 32: 13, 64: 21}  # windows of halves that some task serves, by channels per head; of fp32, 21
 
-# By blocks that walk: whether columns lie side by side, channels per head, windows of every width of halos and place of
-# tiles, and plans.
-WALKED = [(False, 64, kernel, WalkPlan(slots=5)) for kernel in ((21, 21), (11, 13), (4, 17), (21, 1), (1, 3), (9, 6))]
-WALKED += [
-    (False, 64, (6, 19), WalkPlan((8, 8), 2, 7, 3)),
-    (False, 128, (17, 5), WalkPlan((8, 8), 2, 3, 3)),
-    (False, 128, (3, 7), WalkPlan((8, 8), 4, 3, 2)),
-    (False, 128, (9, 2), WalkPlan((8, 8), 8, 2, 2)),
-]
-WALKED += [(True, 64, kernel, WalkPlan((8, 8), 2, 8)) for kernel in ((21, 21), (3, 8), (6, 25))]
-WALKED += [(True, 64, kernel, WalkPlan((4, 16), 2, 8)) for kernel in ((17, 17), (15, 14), (4, 5))]
-WALKED += [
-    (True, 16, (5, 21), WalkPlan((4, 16), 2, 6, 4, 2)),
-    (True, 16, (5, 4), WalkPlan((4, 16), 2, 5, 4, 2, one_by_one=True)),
-    (True, 32, (9, 6), WalkPlan((4, 16), 1, 8, 6, 3)),
-    (True, 32, (3, 9), WalkPlan((8, 8), 2, 5, 3, 3, one_by_one=True)),
-    (True, 64, (5, 7), WalkPlan((4, 16), 1, 5, 3, 3)),
-    (True, 64, (7, 2), WalkPlan((4, 16), 2, 4, 2, 2)),
-    (True, 128, (7, 3), WalkPlan((4, 16), 1, 7, 2, one_by_one=True)),
-    (True, 128, (2, 19), WalkPlan((8, 8), 2, 3, 2, one_by_one=True)),
-    (True, 9, (5, 11), WalkPlan((4, 16), 2, 6, 4, 2)),
-    (True, 30, (9, 9), WalkPlan((4, 16), 2, 8, 3)),
-    (True, 45, (6, 25), WalkPlan((8, 8), 2, 8)),
-    (True, 100, (3, 7), WalkPlan((4, 16), 1, 7, 2, one_by_one=True)),
-]
-
 TRITON = Target("triton", "cuda")
-FUSED = {"forward", "grad_query", "grad_key_value"}
 UNFUSED = set(plan.UNFUSED)
 
 
@@ -81,6 +54,7 @@ WALKS = [
 def walk_name(job) -> str:
     task, form, row = job
     held = f"{row.plan.tile[0]}x{row.plan.tile[1]}x{row.plan.abreast}x{row.plan.slots}"
+    held += f"-chunk{row.plan.chunk}" if row.plan.chunk else ""
     return f"walk-{task}-{'planes' if form.planes else 'rows'}-{row.depth}-k{row.kernel}-{held}"
 
 
@@ -218,21 +192,6 @@ def check_infinite_weights_outside(layout, dtype, target) -> None:
     for x, wanted in zip(*results, strict=True):
         assert x.isfinite().all()
         assert torch.equal(x, wanted)
-
-
-@contextmanager
-def walking(held: WalkPlan) -> Iterator[None]:
-    """Within, blocks walk wherever they can, under this plan."""
-    with ExitStack() as stack:
-        for task in FUSED:
-            stack.enter_context(native.using(task, held))
-        yield
-
-
-def walked_name(walked) -> str:
-    planes, depth, (h, w), held = walked
-    side_by_side = f"{held.abreast}x{held.tile[1]}"
-    return f"{'planes' if planes else 'rows'}-{depth}-{h}x{w}-{held.tile[0]}x{side_by_side}"
 
 
 @pytest.mark.gpu

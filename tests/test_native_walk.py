@@ -19,7 +19,19 @@ from test_native import NVRTC, SHARED, anywhere, asked, needs_nvrtc  # noqa: F40
 
 WAITING = "serialized"  # of products, in what compilers say
 FUSED = "forward", "grad_query", "grad_key_value"
-FULL = {("forward", 128, 4), ("grad_query", 32, 6)}  # task, channels per head and groups that fill the registers
+# Task, channels per head, columns of a tile, groups and columns of chunks that fill the registers.
+FULL = {
+    ("forward", 16, 16, 4, 64),
+    ("forward", 32, 16, 6, 64),
+    ("forward", 128, 16, 4, 0),
+    ("grad_query", 16, 8, 4, 32),
+    ("grad_query", 16, 16, 4, 64),
+    ("grad_query", 32, 16, 4, 64),
+    ("grad_query", 32, 16, 6, 0),
+    ("grad_key_value", 64, 16, 3, 64),
+    ("grad_key_value", 128, 8, 2, 32),
+    ("grad_key_value", 128, 16, 2, 64),
+}
 
 
 def compiled_for(kernel, plan=None, task="grad_key_value", planes=False, dtype=torch.bfloat16, depth=64) -> Walk:
@@ -59,7 +71,7 @@ def test_kernels_compile_and_do_not_wait_for_each_product(task, planes, depth, p
         f'\nstatic_assert(__builtin_offsetof(Arguments, {last}) + 4 == MAPS + {numbers}, "");'
     )
     cubin, log = built(compiled, compiled.source + agreement)
-    full = (task, compiled.room, plan.groups) in FULL
+    full = (task, compiled.room, plan.tile[1], plan.groups, plan.chunk) in FULL
     assert importlib.import_module("benchmarks.native_plans").stack_of(cubin) <= (96 if full else 64)
     assert (WAITING in log) == full
     assert compiled.shared <= SHARED
@@ -98,6 +110,34 @@ def test_windows_fit_whose_halo_is_no_wider_than_a_copy():
     odd = WalkPlan((8, 8), 1, 12, 3)  # two rows are taken together where channels lie side by side
     assert compiled_for((9, 9), odd, planes=True).fits
     assert not compiled_for((9, 9), odd).fits
+
+
+def test_sets_that_are_apart_fit_whatever_the_window():
+    """If chunks are whole blocks, and tiles side by side see the same one."""
+    for planes, task, chunk in (True, "forward", 32), (True, "forward", 64), (False, "grad_query", 40):
+        plan = WalkPlan((8, 8), 2, 2, 2, chunk=chunk)
+        for kernel in (5, 5), (127, 127), (3, 127):
+            compiled = compiled_for(kernel, plan, task, planes=planes)
+            assert compiled.fits
+            assert compiled.chunks * chunk >= 8 + kernel[1] - 1 > (compiled.chunks - 1) * chunk
+        assert compiled.halo == (2, chunk)
+        assert not compiled_for((5, 5), replace(plan, slots=1), task, planes=planes).fits
+    assert not compiled_for((5, 5), WalkPlan((8, 8), 2, 2, 2, chunk=40), "forward", planes=True).fits
+    assert not compiled_for((5, 5), WalkPlan((8, 8), 2, 2, 2, chunk=28)).fits  # an odd number of blocks
+    assert compiled_for((5, 5), WalkPlan((8, 8), 4, 2, 2, chunk=28)).fits
+    side_by_side = WalkPlan((4, 16), 1, 4, 4, 2, chunk=64)
+    assert compiled_for((9, 33), side_by_side, "forward", planes=True).fits
+    assert not compiled_for((9, 34), side_by_side, "forward", planes=True).fits  # of two chunks
+
+
+def test_blocks_have_whole_sets_that_are_apart():
+    """One each where a set has many bands."""
+    plan = WalkPlan((4, 16), 1, 6, 4, 2, chunk=64)
+    few, many = (compiled_for((rows, 31), plan, "forward", planes=True) for rows in (31, 101))
+    assert (few.set_bands, many.set_bands) == (38, 108)
+    assert few.grid(2, 3, 500, 64) == (3 * 2, walk.parts(63, 3 * 2 * 2, 132), 2)
+    assert many.grid(2, 3, 500, 64) == (3 * 2, 63, 2)
+    assert compiled_for((31, 81), plan, "forward", planes=True).set_bands == 2 * 38
 
 
 def test_tiles_side_by_side_fit_whose_halo_is_no_wider_than_a_copy_of_64_columns():
@@ -224,7 +264,7 @@ def test_small_maps_do_not_walk_over_wide_windows_of_channels_side_by_side():
 
 def test_whatever_window_is_asked_for_the_chosen_plan_fits():
     """Centred and causal, even and thin."""
-    sides = range(1, 22)
+    sides = *range(1, 22, 2), 8, 12, 14, 18, 25, 26, 42, 57, 64, 127
     asked_for = [(*key[:2], key[2] - less) for key in dict(walk_table.table()) for less in (0, key[1])]
     for task, planes, depth in asked_for:
         maps = (2**10, 2**10), (2**18, 2**18), (2**24, 2**14), (2**20, 2**20), (2**24, 2**22)

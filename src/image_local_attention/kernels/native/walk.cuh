@@ -6,6 +6,9 @@
 // passes in bands of BAND_H rows through SLOTS places of shared memory; products of a tile take SEEN_W of its columns.
 // Tile t, counted down, sees bands t * TILE_STEP to t * TILE_STEP + TILE_BANDS - 1.
 //
+// Where windows are so large that a tile's bands cannot be held for the next, sets of tiles, TURNS of them one below the
+// other, are APART: each has its SET_BANDS bands to itself, HALO_W columns of the halo after the other, in CHUNKS.
+//
 // Maps are of halves. A head has CHANNELS of them a pixel, and room for DEPTH: the rest is zero. Names in capitals that
 // are not defined here are given when this is compiled.
 
@@ -14,13 +17,15 @@ constexpr int TILE_STEP = TILE_H / BAND_H, TILE_BANDS = ceil_div(TILE_H + KERNEL
 constexpr int ROW_BLOCKS = SEEN_W / 8, BLOCKS = BAND_H * SEEN_W / 8;  // of 8 pixels: of a band's row, and of a band
 constexpr int SCORES = BAND_H * SEEN_W / 2, SUMS = DEPTH / 2;         // of a lane, of its two pixels
 constexpr int GROUP_THREADS = 128, TURNS = GROUPS / ABREAST;
+constexpr int SET_BANDS = TILE_STEP * (TURNS - 1) + TILE_BANDS;  // of a chunk
 
 static_assert(TILE_H * TILE_W == 64 && TILE_H % BAND_H == 0, "tiles begin with a band");
 static_assert(SLOTS > 1 && GROUPS > 1 && GROUPS < 8, "a band is held while the next comes; threads of a block");
 static_assert(BLOCKS % 2 == 0, "products take 16 pixels at once");
 static_assert(GROUPS % ABREAST == 0 && TILE_W * (ABREAST - 1) + SEEN_W <= HALO_W, "products see no other row");
-static_assert(TILE_BANDS <= SLOTS + TILE_STEP * TURNS,
+static_assert(APART || TILE_BANDS <= SLOTS + TILE_STEP * TURNS,
               "a tile's last band comes while those are held that the next sees again");
+static_assert(CHUNKS == 1 || (APART && ABREAST == 1), "tiles see all of a chunk");
 
 using Number = unsigned short;  // of a map, as it lies in memory
 
@@ -51,10 +56,15 @@ struct Place {
   int tiles, bands;
 
   INLINE Place(int heads, int height, int width) : heads(heads), height(height), width(width) {
-    const int rows = ceil_div(height, TILE_H), most = ceil_div(rows, gridDim.y), first = blockIdx.y * most;
-    x = blockIdx.x / heads * (TILE_W * ABREAST) - BEFORE, y = first * TILE_H;
-    head = blockIdx.x % heads, image = blockIdx.z;
-    tiles = min(most, rows - first), bands = TILE_STEP * (tiles - 1) + TILE_BANDS;
+    constexpr int UNIT = APART ? TURNS : 1;  // rows of tiles that blocks share a map by
+    const int columns = gridDim.x / heads, block = blockIdx.y * gridDim.x + blockIdx.x;
+    const int column = APART ? block % columns : blockIdx.x / heads;
+    const int part = APART ? block / columns % gridDim.y : blockIdx.y;
+    head = APART ? block / columns / gridDim.y : blockIdx.x % heads, image = blockIdx.z;
+    const int rows = ceil_div(height, TILE_H), most = ceil_div(rows, gridDim.y * UNIT) * UNIT, first = part * most;
+    x = column * (TILE_W * ABREAST) - BEFORE, y = first * TILE_H;
+    tiles = min(most, rows - first);
+    bands = APART ? ceil_div(tiles, TURNS) * CHUNKS * SET_BANDS : TILE_STEP * (tiles - 1) + TILE_BANDS;
   }
 
   INLINE bool has(int y, int x) const { return y < height && x >= 0 && x < width; }

@@ -24,6 +24,9 @@ VECTOR = 8  # columns, of which copies of planes begin on multiples
 # Columns of bands of planes, whose rows are those of a pattern. Others and single tiles have the first at most.
 _WIDTHS = 32, 64
 _STEP = 16  # columns that products take at once
+# Bands of a set beside which to begin a block costs little. Where blocks have a set each, those that run at once lie
+# side by side, and what they see stays in the L2 cache.
+_MANY = 100
 _APART = 64  # bytes, for what is moved at once to lie in different banks
 
 
@@ -34,7 +37,8 @@ class WalkPlan:
     tile: kept pixels (rows, columns), 8x8 or 4x16. band: rows of the halo that are copied at once. slots: bands that
     are held at once. abreast: groups whose tiles lie side by side; such rows of tiles are taken in turns. one_by_one:
     whether kept maps are copied and moved one after the other, which takes less room. Only maps whose columns lie side
-    by side have tiles of 4x16, more than one abreast, and theirs one by one.
+    by side have tiles of 4x16, more than one abreast, and theirs one by one. chunk: columns of the halo that are copied
+    at once; then no bands are held for the tiles below, so that windows may be of any size. 0: all columns.
     """
 
     tile: tuple[int, int] = (8, 8)
@@ -43,6 +47,7 @@ class WalkPlan:
     groups: int = 2
     abreast: int = 1
     one_by_one: bool = False
+    chunk: int = 0
 
     @property
     def turns(self) -> int:
@@ -84,17 +89,34 @@ class Walk(NamedTuple):
     def halo(self) -> tuple[int, int]:
         """Rows and columns of a band."""
         seen = self.pad + self.plan.columns + self.kernel[1] - 1
+        if self.plan.chunk:
+            return self.plan.band, self.plan.chunk
         if self.planes:
             return self.plan.band, next((width for width in _WIDTHS if seen <= width), seen)
+        return self.plan.band, cdiv(seen, self._multiple) * self._multiple
+
+    @property
+    def _multiple(self) -> int:
+        """Of columns that halos have where channels lie side by side."""
         # Two rows of four columns more fill blocks of 8, and four such rows an even number of them.
         by_two_rows = self.task == "grad_key_value" and self.plan.band % 4 == 0
-        multiple = VECTOR // 2 if by_two_rows else VECTOR
-        return self.plan.band, cdiv(seen, multiple) * multiple
+        return VECTOR // 2 if by_two_rows else VECTOR
+
+    @property
+    def chunks(self) -> int:
+        """Into which the columns of a halo are cut."""
+        return cdiv(self.pad + self.plan.columns + self.kernel[1] - 1, self.plan.chunk) if self.plan.chunk else 1
+
+    @property
+    def set_bands(self) -> int:
+        """Of all chunks, of tiles one below the other that a block has at once."""
+        last = self.plan.tile[0] * self.plan.turns + self.kernel[0] - 1
+        return cdiv(last, self.plan.band) * self.chunks
 
     @property
     def seen(self) -> int:
         """Columns of a band that products of a tile take."""
-        if self.plan.abreast == 1:
+        if not self.planes or self.chunks > 1:
             return self.halo[1]
         return cdiv(self.pad + self.plan.tile[1] + self.kernel[1] - 1, _STEP) * _STEP
 
@@ -116,11 +138,16 @@ class Walk(NamedTuple):
         rows.
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
-        comes = plan.slots > 1 and cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
+        held = plan.chunk or cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
+        comes = plan.slots > 1 and held and (self.chunks == 1 or plan.abreast == 1)
         even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
-        seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= _WIDTHS[0 if plan.abreast == 1 else 1]
-        rows = plan.band % 2 == 0 and plan.abreast == 1 and tw == VECTOR and not plan.one_by_one
-        return comes and even and seen and (self.planes or (rows and self.depth % _PART == 0))
+        widest = _WIDTHS[plan.abreast > 1 or plan.chunk > 0]
+        seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= widest
+        if self.planes:
+            return comes and even and seen and plan.chunk in (0, *_WIDTHS)
+        single = plan.abreast == 1 and tw == VECTOR and not plan.one_by_one
+        rows = plan.band % 2 == 0 and self.halo[1] % self._multiple == 0 and self.depth % _PART == 0
+        return comes and even and seen and single and rows
 
     @property
     def name(self) -> str:
@@ -144,6 +171,8 @@ class Walk(NamedTuple):
             "HALO_W": self.halo[1],
             "SEEN_W": self.seen,
             "SLOTS": self.plan.slots,
+            "APART": int(self.plan.chunk > 0),
+            "CHUNKS": self.chunks,
             "GROUPS": self.plan.groups,
             "ABREAST": self.plan.abreast,
         }
@@ -159,7 +188,7 @@ class Walk(NamedTuple):
     @property
     def machine(self) -> str:
         """Source of what only a GPU can do."""
-        pixels = self.seen * (self.plan.band if self.plan.abreast == 1 else 1)
+        pixels = self.seen * (self.plan.band if self.seen == self.halo[1] else 1)
         number = "bf16" if self.dtype == torch.bfloat16 else "f16"
         return text("instructions.cuh") + text("hopper.cuh") + products(pixels, self.together, self.planes, number)
 
@@ -245,8 +274,10 @@ class Walk(NamedTuple):
         return tuple(takes[axis] for axis in self.axes)
 
     def grid(self, batch: int, heads: int, h: int, w: int) -> tuple[int, int, int]:
-        rows, columns = cdiv(h, self.plan.tile[0]), heads * cdiv(w + self.before, self.plan.columns)
-        return columns, parts(rows, columns * batch, self.multiprocessors), batch
+        unit = self.plan.tile[0] * (self.plan.turns if self.plan.chunk else 1)
+        rows, columns = cdiv(h, unit), heads * cdiv(w + self.before, self.plan.columns)
+        alone = self.plan.chunk and self.set_bands >= _MANY
+        return columns, rows if alone else parts(rows, columns * batch, self.multiprocessors), batch
 
 
 def _whole_patterns(count: int) -> int:

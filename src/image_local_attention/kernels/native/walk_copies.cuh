@@ -47,9 +47,14 @@ struct Block {
   INLINE u32 first(const Use& use) const { return whole(use, 0) + l.left * COLUMN_BYTES; }
   INLINE u32 second(const Use& use) const { return first(use) + BAND_BYTES; }
 
-  // Of the halo.
-  INLINE int row(int band) const { return at.y - SEEN_LEAD_Y + band * BAND_H; }
-  INLINE int column() const { return at.x - SEEN_LEAD_X - PAD; }
+  // Of the halo, where a band begins.
+  INLINE int row(int band) const {
+    const int set = band / (CHUNKS * SET_BANDS), below = band % SET_BANDS;
+    return at.y - SEEN_LEAD_Y + (APART ? set * TURNS * TILE_H + below * BAND_H : band * BAND_H);
+  }
+  INLINE int column(int band) const {
+    return at.x - SEEN_LEAD_X - PAD + (CHUNKS > 1 ? band / SET_BANDS % CHUNKS * HALO_W : 0);
+  }
 
   // By all threads. fillers: arrivals of a band.
   INLINE void init(int fillers) const {
@@ -67,8 +72,8 @@ struct Block {
       const u32 barrier = bands.full(use);
       bands.wait_for_readers(use);
       barrier_expect(barrier, 2 * BAND_BYTES);
-      copy_halo(whole(use, 0), a, barrier, row(band), column(), at);
-      copy_halo(whole(use, 1), b, barrier, row(band), column(), at);
+      copy_halo(whole(use, 0), a, barrier, row(band), column(band), at);
+      copy_halo(whole(use, 1), b, barrier, row(band), column(band), at);
     }
   }
 
@@ -140,9 +145,30 @@ struct Block {
   }
 
   // By a group: calls `see(tile, first, next)` for its tiles, every TURNS-th. first: band that a tile sees first; next:
-  // that of the group's next tile, or the end of all.
+  // that of the group's next tile, or the end of all that it sees.
   template <typename See>
   INLINE void for_each_tile(See see) const {
+    if (APART)
+      for_each_apart(see);
+    else
+      for_each_in_turn(see);
+  }
+
+  template <typename See>
+  INLINE void for_each_apart(See see) const {
+#pragma unroll 1
+    for (int tile = l.turn, set = 0; set < at.bands; tile += TURNS, set += CHUNKS * SET_BANDS) {
+      const bool there = tile < at.tiles;
+      const int first = set + TILE_STEP * l.turn, end = first + (CHUNKS - 1) * SET_BANDS + TILE_BANDS;
+      pass(set, there ? first : set + CHUNKS * SET_BANDS);
+      if (!there) return;
+      see(tile, first, end);
+      pass(end, set + CHUNKS * SET_BANDS);
+    }
+  }
+
+  template <typename See>
+  INLINE void for_each_in_turn(See see) const {
     pass(0, l.turn < at.tiles ? TILE_STEP * l.turn : at.bands);
 #pragma unroll 1
     for (int tile = l.turn; tile < at.tiles; tile += TURNS) {
@@ -153,18 +179,29 @@ struct Block {
   }
 };
 
-// The bands that a tile sees, for the group that has it: one after the other, by number.
+// The bands that a tile sees, for the group that has it: one after the other, by number, of each chunk.
 struct SeenBands {
+  const Block& block;
   const Barriers& bands;
+  int first;
   Use now, before;
-  int number = 0, released;  // so many of them the group's next tile does not see again
+  int chunk = 0, number = 0, released;  // so many of them the group's next tile does not see again
 
   // first, next: that the tile and the next one see first
   INLINE SeenBands(const Block& block, int first, int next)
-      : bands(block.bands), now(first, SLOTS), before(now), released(next - first) {}
+      : block(block), bands(block.bands), first(first), now(first, SLOTS), before(now), released(next - first) {}
+
+  // Goes on to the next chunk, once all bands of the last are released.
+  INLINE void begin(int chunk) {
+    if (chunk == 0) return;
+    const int seen = first + (chunk - 1) * SET_BANDS + TILE_BANDS, next = first + chunk * SET_BANDS;
+    block.pass(seen, next);
+    this->chunk = chunk, number = 0, now = Use(next, SLOTS);
+  }
 
   INLINE bool left() const { return number < TILE_BANDS; }
-  INLINE bool last() const { return number == TILE_BANDS - 1; }
+  INLINE bool begun() const { return number > 0 || chunk > 0; }
+  INLINE bool last() const { return number == TILE_BANDS - 1 && chunk == CHUNKS - 1; }
   INLINE int y() const { return number * BAND_H; }  // of its first row, from the first that the tile sees
   INLINE void wait() const { bands.wait(now); }
   INLINE void step() { before = now, now.next(SLOTS), number++; }

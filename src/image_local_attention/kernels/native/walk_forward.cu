@@ -17,7 +17,11 @@ struct Softmax {
   float most[2], sum[2];  // of the lane's pixels: the maximum, and its own share of the sum
   Less less;              // the maximum
 
-  INLINE explicit Softmax(const Lane& l) : most{LEAST, LEAST}, sum{0.0f, 0.0f}, less(LEAST, LEAST, l) {}
+  INLINE explicit Softmax(const Lane& l) : most{LEAST, LEAST}, sum{0.0f, 0.0f}, less(LEAST, LEAST, 0, l) {}
+
+  INLINE void begin(int chunk, const Lane& l) {
+    if (chunk > 0) less = Less(most[0], most[1], chunk, l);
+  }
 
   // p = 2^(logit - maximum) of a band, and their sums. y: the band's first row, from the first that the tile sees.
   INLINE void weigh(Weights& p, float (&sums)[2], const float (&s)[SCORES], int y, float factor, const Lane& l) const {
@@ -98,24 +102,28 @@ INLINE void walk(const Block& block, const Arguments& a) {
     float s[SCORES], o[SUMS];
     Weights p;
 #pragma unroll 1
-    for (; bands.left(); bands.step()) {
-      bands.wait();
-      begin_products();
-      make_scores(s, query, block.first(bands.now));
-      end_products();
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      bands.begin(chunk), softmax.begin(chunk, l);
+#pragma unroll 1
+      for (; bands.left(); bands.step()) {
+        bands.wait();
+        begin_products();
+        make_scores(s, query, block.first(bands.now));
+        end_products();
+        wait_for_products<0>();
+        written(s), written(o);
+        block.leave_where_copied(tile, bands.last());
+        bands.release_last();
+        softmax.add(p, s, bands.y(), factor, o, !bands.begun(), l);
+        written(o);
+        begin_products();
+        add_weighted(o, p, block.second(bands.now), bands.begun());
+        end_products();
+      }
       wait_for_products<0>();
-      written(s), written(o);
-      block.leave_where_copied(tile, bands.last());
-      bands.release_last();
-      softmax.add(p, s, bands.y(), factor, o, bands.number == 0, l);
       written(o);
-      begin_products();
-      add_weighted(o, p, block.second(bands.now), bands.number > 0);
-      end_products();
+      bands.release_last();
     }
-    wait_for_products<0>();
-    written(o);
-    bands.release_last();
     const int y = at.y + tile * TILE_H;
     float shares[2];
 #pragma unroll

@@ -27,7 +27,7 @@ INLINE void fill_numbers(const Block& block, const Arguments& a, int warp) {
 #pragma unroll
     for (int i = 0; i < TIMES; i++) {
       const int number = first + i * AT_ONCE, row = number / HALO_W;
-      const int y = block.row(band) + row, x = block.column() + number - row * HALO_W;
+      const int y = block.row(band) + row, x = block.column(band) + number - row * HALO_W;
       lse[i] = __uint_as_float(0x7F800000), delta[i] = 0.0f;
       if (number < BAND_PIXELS && y >= 0 && y < a.height && x >= 0 && x < a.width) {
         const long long from = at.pixel(y, x);
@@ -53,12 +53,12 @@ struct Seen {
   u32 columns[TILE_W / 8][UNIT_BLOCKS];
   bool at_end;
 
-  INLINE Seen(const Lane& l) : at_end(l.member < 2) {
+  INLINE Seen(int chunk, const Lane& l) : at_end(l.member < 2) {
 #pragma unroll
     for (int kept = 0; kept < TILE_W / 8; kept++)
 #pragma unroll
       for (int block = 0; block < UNIT_BLOCKS; block++) {
-        const int x = (8 * block + 2 * l.member) % SEEN_W - l.first(kept);
+        const int x = chunk * HALO_W + (8 * block + 2 * l.member) % SEEN_W - l.first(kept);
         const u32 seen = (in_window(x, KERNEL_W) ? 0xFFFF : 0) | (in_window(x + 1, KERNEL_W) ? 0xFFFF0000 : 0);
         columns[kept][block] = always(block, kept) || never(block, kept) ? seen : held(seen);
       }
@@ -140,7 +140,7 @@ INLINE void walk(const Block& block, const Arguments& a) {
   const Lane& l = block.l;
   const Place at = block.at.of(l);
   const float factor = __uint_as_float(held(__float_as_uint(a.flip ? -a.factor : a.factor)));
-  const Seen seen(l);
+  Seen seen(0, l);
   block.for_each_tile([&](int tile, int first, int next) {
     SeenBands bands(block, first, next);
     float s[SCORES], d[SCORES], grad_key[SUMS], grad_value[SUMS];
@@ -149,39 +149,44 @@ INLINE void walk(const Block& block, const Arguments& a) {
     const Kept keys = block.take(tile, 0), values = block.take(tile, 1);
     block.end_moving();
 #pragma unroll 1
-    for (; bands.left(); bands.step()) {
-      const int y = bands.y();
-      const u32 lse = block.start + block.numbers(bands.now);
-      bands.wait();
-      begin_products();
-      make_scores(s, keys, block.first(bands.now));
-      end_products();
-      make_scores(d, values, block.second(bands.now));
-      end_products();
-      wait_for_products<1>();
-      written(s), written(grad_key);
-      bands.release_last();
-      make_weights(s, lse, y, factor, l);
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      if (CHUNKS > 1) seen = Seen(chunk, l);
+      bands.begin(chunk);
+#pragma unroll 1
+      for (; bands.left(); bands.step()) {
+        const int y = bands.y();
+        const u32 lse = block.start + block.numbers(bands.now);
+        bands.wait();
+        begin_products();
+        make_scores(s, keys, block.first(bands.now));
+        end_products();
+        make_scores(d, values, block.second(bands.now));
+        end_products();
+        wait_for_products<1>();
+        written(s), written(grad_key);
+        bands.release_last();
+        make_weights(s, lse, y, factor, l);
+        wait_for_products<0>();
+        written(d);
+        block.leave_where_copied(tile, bands.last());
+        pack_seen(p, s, y, seen, l);
+        written(grad_value);
+        begin_products();
+        add_weighted(grad_value, p, block.second(bands.now), bands.begun());
+        end_products();
+        make_grads(d, s, lse + NUMBERS_BYTES, y, l);
+        wait_for_products<0>();
+        written(grad_value);
+        pack_seen(ds, d, y, seen, l);
+        written(grad_key);
+        begin_products();
+        add_weighted(grad_key, ds, block.first(bands.now), bands.begun());
+        end_products();
+      }
       wait_for_products<0>();
-      written(d);
-      block.leave_where_copied(tile, bands.last());
-      pack_seen(p, s, y, seen, l);
-      written(grad_value);
-      begin_products();
-      add_weighted(grad_value, p, block.second(bands.now), bands.number > 0);
-      end_products();
-      make_grads(d, s, lse + NUMBERS_BYTES, y, l);
-      wait_for_products<0>();
-      written(grad_value);
-      pack_seen(ds, d, y, seen, l);
       written(grad_key);
-      begin_products();
-      add_weighted(grad_key, ds, block.first(bands.now), bands.number > 0);
-      end_products();
+      bands.release_last();
     }
-    wait_for_products<0>();
-    written(grad_key);
-    bands.release_last();
     keys.store_sums(a.grad_key, grad_key, a.scale, a.scale, at, at.y + tile * TILE_H, l);
     values.store_sums(a.grad_value, grad_value, 1.0f, 1.0f, at, at.y + tile * TILE_H, l);
   });

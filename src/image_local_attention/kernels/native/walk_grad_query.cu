@@ -83,35 +83,39 @@ INLINE void walk(const Block& block, const Arguments& a) {
     grad.products(products, block.raw - block.start, block.start + block.tile(tile, 2), l);
     if (Kept::MOVED) block.leave(tile, 2);
     const Numbers of(products, a, at, y, l);
-    const Less less(of.lse[0], of.lse[1], l);
     SeenBands bands(block, first, next);
     float s[SCORES], d[SCORES], sums[SUMS];
     Weights ds;
 #pragma unroll 1
-    for (; bands.left(); bands.step()) {
-      bands.wait();
-      begin_products();
-      make_scores(s, query, block.first(bands.now));
-      end_products();
-      make_scores(d, grad, block.second(bands.now));
-      end_products();
-      wait_for_products<1>();
-      written(s), written(sums);
-      bands.release_last();
-      make_weights(s, less, bands.y(), factor, l);
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      const Less less(of.lse[0], of.lse[1], chunk, l);
+      bands.begin(chunk);
+#pragma unroll 1
+      for (; bands.left(); bands.step()) {
+        bands.wait();
+        begin_products();
+        make_scores(s, query, block.first(bands.now));
+        end_products();
+        make_scores(d, grad, block.second(bands.now));
+        end_products();
+        wait_for_products<1>();
+        written(s), written(sums);
+        bands.release_last();
+        make_weights(s, less, bands.y(), factor, l);
+        wait_for_products<0>();
+        written(d);
+        block.leave_where_copied(tile, bands.last());
+        make_grads(d, s, of.delta, bands.y(), l);
+        pack_seen(ds, d, bands.y(), l);
+        written(sums);
+        begin_products();
+        add_weighted(sums, ds, block.first(bands.now), bands.begun());
+        end_products();
+      }
       wait_for_products<0>();
-      written(d);
-      block.leave_where_copied(tile, bands.last());
-      make_grads(d, s, of.delta, bands.y(), l);
-      pack_seen(ds, d, bands.y(), l);
       written(sums);
-      begin_products();
-      add_weighted(sums, ds, block.first(bands.now), bands.number > 0);
-      end_products();
+      bands.release_last();
     }
-    wait_for_products<0>();
-    written(sums);
-    bands.release_last();
     query.store_sums(a.grad_query, sums, a.scale, a.scale, at, y, l);
   });
 }

@@ -146,7 +146,7 @@ struct Kept {
 
 // scores = kept pixels' products with those of a band
 INLINE void make_scores(float (&scores)[SCORES], const Kept& kept, u32 band) {
-  constexpr int PRODUCTS = ABREAST == 1 ? 1 : BAND_H;  // where rows are seen whole, one goes on with the next
+  constexpr int PRODUCTS = SEEN_W == HALO_W ? 1 : BAND_H;  // where rows are seen whole, one goes on with the next
   constexpr int COUNT = SCORES / PRODUCTS;
   const PlaneBlocks a(kept.tile);
   const PlaneRows b(band);

@@ -1,4 +1,4 @@
-// Which pixels of the halo the kept ones see, where blocks walk.
+// Which pixels of the halo the kept ones see, where blocks walk: of chunks, it is told when a chunk begins.
 
 constexpr INLINE bool in_window(int distance, int kernel) { return distance >= 0 && distance < kernel; }
 
@@ -13,8 +13,8 @@ constexpr int columns_seen(int block, int kept, bool by_all) {
   }
   return count;
 }
-constexpr bool always(int block, int kept) { return columns_seen(block, kept, true) == 8; }
-constexpr bool never(int block, int kept) { return columns_seen(block, kept, false) == 0; }
+constexpr bool always(int block, int kept) { return CHUNKS == 1 && columns_seen(block, kept, true) == 8; }
+constexpr bool never(int block, int kept) { return CHUNKS == 1 && columns_seen(block, kept, false) == 0; }
 
 // Of a row of the halo, which of a lane's kept pixels see it.
 struct RowSeen {
@@ -34,9 +34,9 @@ struct RowSeen {
 struct Less {
   float numbers[2], columns[2][ROW_BLOCKS][2];
 
-  INLINE Less(float low, float high, const Lane& l) : numbers{low, high} {
+  INLINE Less(float low, float high, int chunk, const Lane& l) : numbers{low, high} {
     for_each([&](int kept, int block, int i) {
-      const bool seen = in_window(8 * block + 2 * l.member + i - l.first(kept), KERNEL_W);
+      const bool seen = in_window(chunk * HALO_W + 8 * block + 2 * l.member + i - l.first(kept), KERNEL_W);
       columns[kept][block][i] = seen ? -numbers[kept] : -__uint_as_float(0x7F800000);
     });
   }

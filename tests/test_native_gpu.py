@@ -67,7 +67,8 @@ PLAN_NAMES = [*map(row_name, table.rows()), *map(walk_name, WALKS)]
 @pytest.mark.usefixtures("poison")
 def test_every_plan_is_within_its_budget(task, form, row, served):
     """On a map of several tiles each way and a remainder, and on two images and two groups of heads."""
-    heads, kernel = 1 if isinstance(row.plan, WalkPlan) else heads_for(task, form, row), row.kernel
+    heads = 1 if isinstance(row.plan, WalkPlan) else heads_for(task, form, row)
+    kernel = min(row.kernel, 60)  # wider ones have more chunks of the same
     size, layouts = ((11, 24), ("contiguous",) * 4) if form.planes else ((11, 19), ("channels_last",) * 4)
     dtypes = (torch.bfloat16, torch.float16) if form.product == "half" else (FP32,)
     judge = check_tf32 if form.product == "tf32" else check

@@ -36,13 +36,13 @@ WALKED += [
 # Of sets that are apart, in one chunk and in several.
 WALKED += [
     (False, 64, (5, 31), WalkPlan((8, 8), 2, 3, 2, chunk=24)),
-    (False, 64, (4, 40), WalkPlan((8, 8), 4, 2, 2, chunk=24)),
-    (False, 128, (13, 3), WalkPlan((8, 8), 2, 2, 2, chunk=32)),
+    (False, 64, (3, 30), WalkPlan((8, 8), 4, 2, 2, chunk=24)),
+    (False, 128, (9, 3), WalkPlan((8, 8), 2, 2, 2, chunk=32)),
     (True, 16, (5, 41), WalkPlan((8, 8), 2, 3, 3, chunk=32)),
     (True, 32, (7, 7), WalkPlan((4, 16), 2, 3, 2, 2, chunk=64)),
-    (True, 48, (15, 9), WalkPlan((4, 16), 1, 4, 2, chunk=64)),
-    (True, 64, (5, 60), WalkPlan((4, 16), 1, 3, 2, chunk=32)),
-    (True, 128, (4, 51), WalkPlan((4, 16), 1, 2, 2, one_by_one=True, chunk=32)),
+    (True, 48, (11, 5), WalkPlan((4, 16), 1, 4, 2, chunk=64)),
+    (True, 64, (3, 53), WalkPlan((4, 16), 1, 3, 2, chunk=32)),
+    (True, 128, (2, 35), WalkPlan((4, 16), 1, 2, 2, one_by_one=True, chunk=32)),
 ]
 
 

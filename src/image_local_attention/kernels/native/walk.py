@@ -27,7 +27,7 @@ _STEP = 16  # columns that products take at once
 # Bands of a set beside which to begin a block costs little. Where blocks have a set each, those that run at once lie
 # side by side, and what they see stays in the L2 cache.
 _MANY = 100
-_APART = 64  # bytes, for what is moved at once to lie in different banks
+_BETWEEN = 64  # bytes, for what is moved at once to lie in different banks
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Walk(NamedTuple):
         """
         (th, tw), (kh, _), plan = self.plan.tile, self.kernel, self.plan
         held = plan.chunk or cdiv(th + kh - 1, plan.band) <= plan.slots + th // plan.band * plan.turns
-        comes = plan.slots > 1 and held and (self.chunks == 1 or plan.abreast == 1)
+        comes = plan.slots > 1 and held
         even = th % plan.band == 0 and 1 < plan.groups < _MOST_GROUPS and plan.groups % plan.abreast == 0
         widest = _WIDTHS[plan.abreast > 1 or plan.chunk > 0]
         seen = tw * (plan.abreast - 1) + self.seen <= self.halo[1] <= widest
@@ -249,7 +249,7 @@ class Walk(NamedTuple):
         rows, columns = self.halo
         band = 2 * rows * columns * self.room * 2 + _whole_patterns(rows * columns * self.numbers * 4)
         kept = self.staged * _whole_patterns(self.kept_box[0] * self.kept_box[1] * self.room * 2)
-        apart = 7 * _APART if self.plan.tile[1] > VECTOR else 0  # of the 8 pixels that come one after the other
+        apart = 7 * _BETWEEN if self.plan.tile[1] > VECTOR else 0  # of the 8 pixels that come one after the other
         moved = self.product_maps * (_TILE * self.room * 2 + apart)  # to where products take tiles from
         held = kept + self.plan.groups * moved if self.planes else self.plan.groups * kept
         return self.plan.slots * (band + _BARRIERS) + held + self.plan.turns * self.kept_maps // self.staged * _BARRIERS

@@ -1,4 +1,4 @@
-// Which pixels of the halo the kept ones see, where blocks walk: of chunks, it is told when a chunk begins.
+// Which pixels of the halo the kept ones see, where blocks walk. Of several chunks that is worked out as each begins.
 
 constexpr INLINE bool in_window(int distance, int kernel) { return distance >= 0 && distance < kernel; }
 
